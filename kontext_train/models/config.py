@@ -1,0 +1,76 @@
+"""Choices of this room. Torch-free, so that a command line is checked before anything heavy is imported."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kontext_train.errors import ConfigError
+
+
+class AttentionBackend(Enum):
+    auto = "auto"  # cpu on a CPU, torch_varlen on a GPU
+    cpu = "cpu"
+    torch_varlen = "torch_varlen"
+
+
+@dataclass(slots=True)
+class InitConfig:
+    """How a network that starts without weights is filled. Released weights never use this."""
+
+    gate: float = 0.0  # bias of every residual gate: 0 is adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748, section 3.2)
+    qk_gain: float = 1.0  # scale of the query and key norms
+
+
+@dataclass(slots=True)
+class FluxConfig:
+    """Shape of the FLUX transformer; the defaults are FLUX.1 12B as released. Names as in the released code."""
+
+    in_channels: int = 64  # 16 latent channels x 2 x 2
+    vec_in_dim: int = 768  # pooled CLIP
+    context_in_dim: int = 4096  # T5
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: list[int] = field(default_factory=lambda: [16, 56, 56])
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool = False
+    attention: AttentionBackend = AttentionBackend.auto
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta", "mlp_ratio"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"model.{key}", getattr(self, key), "must be positive", "Give a value above 0")
+        if self.depth < 0 or self.depth_single_blocks < 0 or self.depth + self.depth_single_blocks == 0:
+            depths = (self.depth, self.depth_single_blocks)
+            raise ConfigError("model.depth", depths, "depth + depth_single_blocks must be at least 1", "Add a block")
+        if self.hidden_size % self.num_heads:
+            rule = f"must divide model.hidden_size={self.hidden_size}"
+            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0 and h <= 64]
+            raise ConfigError("model.num_heads", self.num_heads, rule, f"Use one of {divisors}")
+        if sum(self.axes_dim) != self.head_dim or len(self.axes_dim) != 3 or any(d % 2 for d in self.axes_dim):
+            rule = f"must be three even numbers that sum to the head size hidden_size/num_heads={self.head_dim}"
+            raise ConfigError("model.axes_dim", self.axes_dim, rule, "For example [16, 56, 56] for heads of 128")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+@dataclass(slots=True)
+class EncodersConfig:
+    """The frozen encoders: a folder in the layout of the released FLUX.1 repositories."""
+
+    path: str = ""  # holds tokenizer/ text_encoder/ (CLIP) tokenizer_2/ text_encoder_2/ (T5) and vae/
+    t5_tokens: int = 512  # every prompt is padded or cut to this many T5 tokens; attention sees the padding, as released
+    sample_latents: bool = True  # draw latents from the autoencoder's posterior; false takes its mean
+
+    def __post_init__(self) -> None:
+        if self.t5_tokens < 1:
+            raise ConfigError("encoders.t5_tokens", self.t5_tokens, "must be at least 1", "FLUX.1-dev uses 512")

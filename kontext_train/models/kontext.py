@@ -1,0 +1,46 @@
+"""In-context image generation with FLUX: a target is denoised beside its text and any number of context images.
+
+Context tokens stand after the target's and differ from it only in the first position axis (Batifol et al. 2025, arXiv
+2506.15742, section 3.1). No weights are added, so a text-to-image checkpoint is a Kontext checkpoint.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kontext_train.models.sequence import SequenceLayout
+
+
+@dataclass(slots=True, eq=False)
+class Conditioning:
+    """All that the model is told besides the noisy target and its time. T text tokens, K context tokens, S samples."""
+
+    txt_TE: Tensor
+    vec_SP: Tensor
+    context_KC: Tensor
+    layout: SequenceLayout
+    guidance_S: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: None if v is None else v.to(device) for k, v in moved.items()})
+
+
+def predict_velocity(model: nn.Module, z_MC: Tensor, t_S: Tensor, cond: Conditioning) -> Tensor:
+    """v [M, C] of noisy target tokens z at times t_S (float32, 1 is noise). dtype: the model's compute dtype."""
+    padding_PC = z_MC.new_zeros(cond.layout.pad, z_MC.shape[1])
+    img_IC = torch.cat([z_MC, cond.context_KC.to(z_MC.dtype), padding_PC])
+    return model(img_IC, cond.txt_TE, cond.vec_SP, t_S, cond.layout, cond.guidance_S)
+
+
+def tokens_from_latent(latent_CHW: Tensor) -> Tensor:
+    """[(H/2)(W/2), 4C]: each 2 x 2 patch of latents becomes one token."""
+    return rearrange(latent_CHW, "c (h ph) (w pw) -> (h w) (c ph pw)", ph=2, pw=2)
+
+
+def latent_from_tokens(tokens_NC: Tensor, h: int, w: int) -> Tensor:
+    """Inverse of `tokens_from_latent` for a grid of h x w tokens."""
+    return rearrange(tokens_NC, "(h w) (c ph pw) -> c (h ph) (w pw)", h=h, w=w, ph=2, pw=2)
