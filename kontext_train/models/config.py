@@ -1,7 +1,9 @@
 """Choices of this room. Torch-free, so that a command line is checked before anything heavy is imported."""
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from kontext_train.errors import ConfigError
 
@@ -74,3 +76,11 @@ class EncodersConfig:
     def __post_init__(self) -> None:
         if self.t5_tokens < 1:
             raise ConfigError("encoders.t5_tokens", self.t5_tokens, "must be at least 1", "FLUX.1-dev uses 512")
+
+    def pixels_per_token(self) -> int:
+        """Side of the square of pixels that one token stands for: the autoencoder's factor times the 2 x 2 patch."""
+        file = Path(self.path, "vae", "config.json")
+        if not file.is_file():
+            rule = f"must be a folder in the layout of the released FLUX.1 repositories, but {file} is missing"
+            raise ConfigError("encoders.path", self.path, rule, "Give the folder that holds vae/ and text_encoder/")
+        return 2 ** len(json.loads(file.read_text())["block_out_channels"])

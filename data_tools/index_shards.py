@@ -1,0 +1,71 @@
+"""Indexes folders of shards, and tells what is in them and what is wrong with them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kontext_train.data.index import IndexReport, ShardIndex, build_index
+
+_EXAMPLES = """examples:
+  python -m data_tools.index_shards /data/edits
+  python -m data_tools.index_shards /data/edits /data/text_to_image --max-problems 1000
+
+Writes DIR/index.arrow from every *.tar directly in DIR (format: docs/data_format.md). Run it again whenever a shard
+was added, changed, moved or copied with a new time. Exit status: 0 all samples are good; 1 some shards or samples have
+problems (the index is written without them) or a folder could not be indexed."""
+
+_SIDES = (256, 512, 768, 1024, 1536, 2048)  # histogram edges: the side of a square of as many pixels
+
+
+def size_histogram(index: ShardIndex) -> str:
+    """One line: how many targets have at most 256², 512², … pixels, and how many samples have 0, 1, … contexts."""
+    pixels = index.target_hw.astype(np.int64).prod(axis=1)
+    bins = np.searchsorted([side**2 for side in _SIDES], pixels)
+    labels = [f"≤{side}²" for side in _SIDES] + [f">{_SIDES[-1]}²"]
+    targets = [f"{labels[number]}: {count:,}" for number, count in enumerate(np.bincount(bins)) if count]
+    contexts = [f"{n}: {count:,}" for n, count in enumerate(np.bincount(np.diff(index.context_start))) if count]
+    return f"target pixels  {'  '.join(targets)}  |  contexts a sample  {'  '.join(contexts)}"
+
+
+def print_report(folder: Path, report: IndexReport, max_problems: int) -> None:
+    """Prints what `build_index` found; problems one a line, at most `max_problems` of them and then how many more."""
+    print(f"{folder}: {report.samples:,} samples in {report.shards:,} shards, {len(report.problems):,} problems")
+    if report.samples:
+        print(f"  {size_histogram(ShardIndex.open(folder))}")
+    for problem in report.problems[:max_problems]:
+        print(f"  {problem}")
+    if len(report.problems) > max_problems:
+        print(f"  … and {len(report.problems) - max_problems:,} more (--max-problems {len(report.problems)} shows all)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.index_shards",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="a folder of shards (*.tar)")
+    parser.add_argument("--max-problems", metavar="N", type=int, default=50, help="print N a folder (default: 50)")
+    arguments = parser.parse_args(argv)
+    if arguments.max_problems < 0:
+        parser.error(f"--max-problems is {arguments.max_problems}; it must be 0 or more")
+    status = 0
+    for folder in arguments.folders:
+        try:
+            report = build_index(folder)
+            print_report(folder, report, arguments.max_problems)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1  # the other folders are still worth indexing
+        else:
+            status = max(status, int(bool(report.problems)))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

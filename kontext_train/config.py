@@ -1,0 +1,109 @@
+"""The whole configuration of a run: every room's dataclass under one key, checked before any process group starts.
+
+Defaults stand in those dataclasses and nowhere else; `conf/` holds choices. Importing this file imports no torch, so
+that `--help` and `--cfg job` answer at once.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from kontext_train.data.config import DataConfig
+from kontext_train.distributed.config import ParallelConfig
+from kontext_train.errors import ConfigError
+from kontext_train.flow.config import ShiftConfig
+from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
+from kontext_train.training.config import (
+    EMAConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidationConfig,
+)
+
+
+@dataclass(slots=True)
+class WeightsConfig:
+    """Where each role starts from."""
+
+    student: str | None = None  # safetensors with released names (file or folder); none starts from random weights
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    objective: ObjectiveConfig = MISSING
+    model: FluxConfig = field(default_factory=FluxConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: ShiftConfig = field(default_factory=ShiftConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def register_schemas() -> None:
+    """Make Hydra compose onto these dataclasses, so that it refuses unknown keys and wrong types by dotted key."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=TrainConfig)
+    store.store(group="schema/objective", name="flow_matching", node=FlowMatchingConfig)
+
+
+def typed(composed: DictConfig) -> TrainConfig:
+    """The one merge from Hydra's tree to dataclasses; each of them checks its own values."""
+    _refuse_added_keys(composed, "")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, TrainConfig), type(config)
+    return config
+
+
+def _refuse_added_keys(node: DictConfig, prefix: str) -> None:
+    """Hydra's `+key=value` can add to a dataclass what it does not have; say so by dotted key."""
+    known = {f.name for f in fields(OmegaConf.get_type(node))}
+    for key in node:
+        if key not in known:
+            rule = f"is no option. Known here: {', '.join(sorted(known))}"
+            raise ConfigError(f"{prefix}{key}", node[key], rule, "Check the spelling")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _refuse_added_keys(child, f"{prefix}{key}.")
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON-able values, for checkpoints and logs."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """Relations between rooms, and everything outside that a run needs. Raises ConfigError by dotted key."""
+    config.parallel.mesh_shape(world_size)
+    config.encoders.pixels_per_token()
+    if config.schedule.warmup_steps > config.run.steps:
+        rule = f"must not exceed run.steps={config.run.steps}"
+        raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
+    if config.data.pad_packs and config.parallel.compile is False:
+        rule = "fills packs with tokens that only constant compiled shapes need"
+        raise ConfigError("data.pad_packs", True, rule, "Set parallel.compile=true or data.pad_packs=false")
+    if config.weights.student is not None and not Path(config.weights.student).exists():
+        raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
+    for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if folder is not None and not (folder and Path(folder).is_dir()):
+            raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")

@@ -1,0 +1,76 @@
+"""What one forward pass is made of, before and after the encoders.
+
+Legend: S samples, M target tokens, C channels of a token.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kontext_train.data.plan import Pack, Position, SampleSizes
+from kontext_train.data.sample import SampleReader
+from kontext_train.models.kontext import Conditioning
+from kontext_train.models.sequence import SequenceLayout, build_layout
+
+
+@dataclass(slots=True, eq=False)
+class PixelBatch:
+    """Samples as read: images of any size, prompts as text. Everything is on the CPU."""
+
+    keys: list[str]  # shard:key of each sample, for error messages
+    prompts: list[str]
+    targets: list[Tensor]  # [3, H, W] uint8
+    contexts: list[Tensor]  # [3, H, W] uint8, sample after sample
+    layout: SequenceLayout
+    visits: list[int]
+    weight_S: Tensor  # float32: 1 / samples in the whole step; 0 for filler
+    samples_in_step: int  # that count, over all ranks and microbatches
+    position: Position  # where the run stands once this pack's step is done
+
+
+@dataclass(slots=True, eq=False)
+class PackedBatch:
+    """Samples as the objective sees them."""
+
+    x_MC: Tensor  # float32 clean target tokens
+    cond: Conditioning
+    visits: list[int]
+    weight_S: Tensor
+    keys: list[str]
+
+    @property
+    def layout(self) -> SequenceLayout:
+        return self.cond.layout
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) if hasattr(v, "to") else v for k, v in moved.items()})
+
+    def token_weight_M(self) -> Tensor:
+        """Weights that make a sum over target tokens the mean over the step's samples of each sample's token mean."""
+        lengths_S = torch.tensor(self.layout.target_lengths, device=self.weight_S.device)
+        return (self.weight_S / lengths_S)[self.layout.sample_of_target_M]
+
+
+def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int | None) -> PixelBatch:
+    """Read and decode a planned pack. Raises BadSample, which names shard and key."""
+    raws = [reader.read(int(i)) for i in pack.samples]
+    contexts = [[] if drop else raw.contexts for raw, drop in zip(raws, pack.drop_context, strict=True)]
+    shapes = [sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
+    return PixelBatch(
+        keys=[f"{raw.shard}:{raw.key}" for raw in raws],
+        prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
+        targets=[_channels_first(raw.target) for raw in raws],
+        contexts=[_channels_first(image) for images in contexts for image in images],
+        layout=build_layout(shapes, pad_to),
+        visits=pack.visits.tolist(),
+        weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
+        samples_in_step=pack.samples_in_step,
+        position=pack.position,
+    )
+
+
+def _channels_first(image_HW3) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.from_numpy(image_HW3).permute(2, 0, 1)

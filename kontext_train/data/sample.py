@@ -1,0 +1,178 @@
+"""One sample from its shard: range-read, decode, resize. No order, no batch, no model.
+
+`fit_size` is the one rule for the size that an image is trained at. The plan calls it on the sizes in the index, the
+reader calls it on the image it decoded, and both must agree to the pixel; so it is integer arithmetic throughout.
+
+Legend: H, W pixels after resizing; `hw` is (height, width) in pixels.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from kontext_train.data.index import IMAGE_FORMATS, ShardIndex, Span, parse_sample_json
+
+OPEN_SHARDS = 32  # a process: samples of a step come from anywhere, and 1,024 open files is a common limit
+
+
+class BadSample(ValueError):
+    """A sample whose bytes are not what its index says. The message carries shard, key and reason.
+
+    It takes one string and nothing else, so that a DataLoader worker can hand it to the parent unchanged.
+    """
+
+
+@dataclass(slots=True)
+class RawSample:
+    """A decoded sample. `target` and each of `contexts`: uint8 [H, W, 3], RGB; H, W differ from image to image."""
+
+    key: str
+    shard: str
+    prompt: str
+    metadata: dict[str, Any]  # the sample's JSON without its prompt
+    target: npt.NDArray[np.uint8]
+    contexts: list[npt.NDArray[np.uint8]]
+
+
+def fit_size(hw: npt.ArrayLike, max_pixels: int, multiple: int) -> npt.NDArray[np.int64]:
+    """The size an image is trained at: its aspect ratio, at most `max_pixels`, each side a multiple of `multiple`.
+
+    An image is scaled down, never up, then each side is floored to a multiple, but to one multiple at least. Where
+    that minimum widens a very thin image, its long side gives way, so height * width <= max_pixels holds always.
+
+    Args:
+        hw: integers [..., 2], (height, width) in pixels, at least 1.
+        max_pixels: the largest height * width.
+        multiple: what both sides are divisible by, pixels.
+
+    Returns:
+        int64 [..., 2], (height, width) in pixels.
+
+    Raises:
+        ValueError: `multiple` is below 1, or `max_pixels` has no room for a square of one multiple.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}; it must be at least 1 pixel")
+    if max_pixels < multiple**2:
+        raise ValueError(f"max_pixels is {max_pixels}; it must be at least multiple ** 2 = {multiple**2}")
+    size = np.asarray(hw, dtype=np.int64)
+    assert size.shape[-1:] == (2,)
+    assert (size >= 1).all()
+    # Scaled by s = sqrt(max_pixels / (h w)), h becomes sqrt(max_pixels h / w): an integer square root, no rounding.
+    scaled = _isqrt(max_pixels * size // size[..., ::-1])
+    size = np.where(size.prod(axis=-1, keepdims=True) > max_pixels, scaled, size)
+    size = np.maximum(size // multiple, 1) * multiple
+    return np.minimum(size, max_pixels // size[..., ::-1] // multiple * multiple)
+
+
+def _isqrt(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """floor(sqrt(x)) exactly, 0 <= x < 2**62: the float root is at most one off, and integers say which way."""
+    root = np.sqrt(x.astype(np.float64)).astype(np.int64)
+    root -= root * root > x
+    root += (root + 1) ** 2 <= x
+    return root
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image in any mode that PNG, JPEG and WebP decode to; transparency shows white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit greys at 255, which turns a photograph white.
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+class _OpenShard:
+    """A file descriptor that closes when its last user lets go: the cache may drop it while a thread reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
+
+    def read(self, span: Span) -> bytes:
+        """The bytes of a span; fewer where the file ends before. pread has no file position for processes to share."""
+        parts, offset, end = list[bytes](), span.offset, span.offset + span.size
+        while offset < end and (part := os.pread(self.descriptor, end - offset, offset)):
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+
+
+class SampleReader:
+    """Reads samples by number, in any order. Safe to pickle, to fork and to use from several threads."""
+
+    def __init__(self, index: ShardIndex, max_pixels: int, multiple: int) -> None:
+        """`max_pixels` and `multiple` as in `fit_size`. Raises ValueError if they do not fit each other."""
+        fit_size((1, 1), max_pixels, multiple)  # refuse bad values here, not in a worker
+        self.index, self.max_pixels, self.multiple = index, max_pixels, multiple
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenShard)
+
+    def __reduce__(self) -> tuple[type["SampleReader"], tuple[ShardIndex, int, int]]:
+        return SampleReader, (self.index, self.max_pixels, self.multiple)
+
+    def read(self, i: int) -> RawSample:
+        """Sample i, its images at exactly `fit_size` of their sizes in the index.
+
+        Raises:
+            BadSample: its bytes do not decode or are not what the index says.
+            OSError: the storage failed or the shard is gone; that is no fault of the sample.
+            IndexError: there is no sample i.
+        """
+        location = self.index.location(i)
+        file = self._open(location.shard)
+        rows = slice(self.index.context_start[i], self.index.context_start[i + 1])
+        part = "json"
+        try:
+            metadata = parse_sample_json(_whole(file, location.json))
+            part = "target"
+            target = self._image(_whole(file, location.target), self.index.target_hw[i])
+            contexts = []
+            for number, (span, hw) in enumerate(zip(location.contexts, self.index.context_hw[rows], strict=True)):
+                part = f"context.{number}"
+                contexts.append(self._image(_whole(file, span), hw))
+        except ValueError as error:
+            raise BadSample(f"{location.shard}: {location.key}: {part}: {error}") from error
+        return RawSample(
+            key=location.key,
+            shard=location.shard.relative_to(self.index.folder).as_posix(),
+            prompt=metadata.pop("prompt"),
+            metadata=metadata,
+            target=target,
+            contexts=contexts,
+        )
+
+    def _image(self, raw: bytes, indexed_hw: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """Decodes to uint8 [H, W, 3]. Raises ValueError with the reason."""
+        try:
+            with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as encoded:
+                image = _to_rgb(ImageOps.exif_transpose(encoded))
+        except Exception as error:  # Pillow raises a dozen kinds on bad bytes; these are bytes in memory, not storage
+            raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+        if (image.height, image.width) != tuple(indexed_hw):
+            height, width = indexed_hw
+            raise ValueError(f"decodes to {image.height}×{image.width}, the index says {height}×{width} (height×width)")
+        height, width = fit_size(indexed_hw, self.max_pixels, self.multiple).tolist()
+        # fit = the largest centred box of the wanted aspect ratio, resampled with antialiasing: resize to cover, then
+        # crop, in one pass. An image that has the size already comes through untouched.
+        return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+def _whole(file: _OpenShard, span: Span) -> bytes:
+    raw = file.read(span)
+    if len(raw) != span.size:
+        raise ValueError(f"the shard ends {span.size - len(raw)} bytes too soon: it was cut after it was indexed")
+    return raw

@@ -1,0 +1,1 @@
+"""Processes and sharding. Works on any module with `blocks()`; knows no model by name."""

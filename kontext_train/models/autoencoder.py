@@ -1,0 +1,32 @@
+"""The frozen autoencoder: diffusers' AutoencoderKL with the scale and shift of the released FLUX.1 files."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, path: str | Path) -> None:
+        """path: folder of the released layout's `vae/` (config.json and safetensors)."""
+        super().__init__()
+        from diffusers import AutoencoderKL  # seconds to import
+
+        self.vae = AutoencoderKL.from_pretrained(path, local_files_only=True).requires_grad_(False).eval()
+        if getattr(self.vae.config, "shift_factor", None) is None:
+            raise ValueError(f"{path}/config.json has no shift_factor: this is not a FLUX.1 autoencoder")
+        self.scale = float(self.vae.config.scaling_factor)
+        self.shift = float(self.vae.config.shift_factor)
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images -> mean and standard deviation [B, C, H/f, W/f] float32 of the scaled latents."""
+        images = images_B3HW.to(self.vae.device).to(self.vae.dtype) / 127.5 - 1
+        posterior = self.vae.encode(images).latent_dist
+        return (posterior.mean.float() - self.shift) * self.scale, posterior.std.float() * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Scaled latents -> uint8 images [B, 3, H, W]."""
+        images = self.vae.decode((latents_BCHW / self.scale + self.shift).to(self.vae.dtype)).sample
+        return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

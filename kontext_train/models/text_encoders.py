@@ -1,0 +1,36 @@
+"""The frozen text encoders of FLUX.1: T5 gives the tokens, CLIP the pooled vector."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class TextEncoders(nn.Module):
+    def __init__(self, path: str | Path, t5_tokens: int) -> None:
+        """path: folder of the released layout. t5_tokens: length that every prompt is padded or cut to."""
+        super().__init__()
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # seconds to import
+
+        folder = Path(path)
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        self.t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", local_files_only=True)
+        self.t5_tokens = t5_tokens
+        self.clip_tokens = self.clip.config.max_position_embeddings
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """[S, t5_tokens, E] and [S, P] float32. T5 sees its padding unmasked, as the released pipelines run it."""
+        device = self.t5.device
+        t5_ids = self._ids(self.t5_tokenizer, prompts, self.t5_tokens).to(device)
+        clip_ids = self._ids(self.clip_tokenizer, prompts, self.clip_tokens).to(device)
+        return self.t5(t5_ids).last_hidden_state.float(), self.clip(clip_ids).pooler_output.float()
+
+    @staticmethod
+    def _ids(tokenizer, prompts: Sequence[str], length: int) -> Tensor:  # type: ignore[no-untyped-def]
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return tokenizer(list(prompts), **options).input_ids

@@ -1,0 +1,15 @@
+"""Choices of this room. Torch-free."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class ObjectiveConfig:
+    """Base of every stage's options; a stage's YAML picks the class."""
+
+
+@dataclass(slots=True)
+class FlowMatchingConfig(ObjectiveConfig):
+    """flow_finetune: rectified-flow training on triplets, jointly with text-to-image."""
+
+    guidance: float = 1.0  # given to a model with a guidance embedding while it trains

@@ -1,0 +1,204 @@
+"""The loop. Every stage runs through it: step -> phases -> microbatches -> clip -> update -> EMA, then what is due."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
+
+from kontext_train.data.batch import PackedBatch, PixelBatch
+from kontext_train.data.encode import Encoders, encode
+from kontext_train.data.plan import Position
+from kontext_train.distributed.reduce import any_rank, sum_over_ranks
+from kontext_train.distributed.setup import World
+from kontext_train.models.flops import ForwardFlops
+from kontext_train.objectives.base import Objective
+from kontext_train.randomness import VisitRandom
+from kontext_train.training import checkpoint
+from kontext_train.training.config import RunConfig, ScheduleConfig
+from kontext_train.training.ema import EMA
+from kontext_train.training.metrics import RunLog, peak_tflops
+from kontext_train.training.optimizer import PhaseOptimizer
+from kontext_train.training.schedule import lr_factor
+from kontext_train.training.signals import StopRequest, stop_on_signals
+from kontext_train.training.validation import Validation
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it has saved and can be resumed."""
+
+
+@dataclass(slots=True)
+class Window:
+    """What happened since the last log step. Tensors stay on the device until then."""
+
+    started: float = field(default_factory=time.perf_counter)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    flops: int = 0
+    waited: float = 0.0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: RunConfig,
+        schedule: ScheduleConfig,
+        world: World,
+        objective: Objective,
+        optimizers: dict[str, PhaseOptimizer],  # by phase
+        ema: EMA | None,
+        encoders: Encoders,
+        flops: ForwardFlops,
+        record: dict[str, Any],
+    ) -> None:
+        """record: what every checkpoint notes besides step and position (composed config, digests)."""
+        self.config, self.schedule, self.world = config, schedule, world
+        self.objective, self.optimizers, self.ema = objective, optimizers, ema
+        self.encoders, self.flops, self.record = encoders, flops, record
+        self.random = VisitRandom(config.seed, world.device)
+        self.step, self.position = 0, Position()
+        self.folder = Path(config.dir) / "checkpoints"
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog) -> None:
+        """Train to config.steps. Raises Interrupted after saving if any rank got a signal."""
+        with stop_on_signals() as stop:
+            self.loop(batches, validation, log, stop)
+
+    def loop(
+        self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
+    ) -> None:
+        window, peak = Window(), peak_tflops(self.world.device)
+        while self.step < self.config.steps:
+            asked = time.perf_counter()
+            pixels = [next(batches) for _ in range(self.config.microbatches)]
+            window.waited += time.perf_counter() - asked
+            window.add(self.train_step(pixels))
+            self.count(window, pixels)
+            log.advance()
+            stopping = any_rank(stop.name is not None, self.world.device)
+            last = self.step == self.config.steps
+            if self.due(self.config.log_every_steps) or last:
+                log.write(self.step, self.summary(window, peak))
+                window = Window()
+            if validation is not None and (self.due(self.config.validate_every_steps) or last):
+                self.validate(validation, log)
+                window.started = time.perf_counter()  # validation is not training time
+            if self.due(self.config.save_every_steps) or last or stopping:
+                self.save()
+                window.started = time.perf_counter()
+            if stopping and not last:
+                raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0
+
+    def train_step(self, pixels: list[PixelBatch]) -> dict[str, Tensor]:
+        """One update of every phase; returns this rank's share of the step's metrics."""
+        batches = [encode(p, self.encoders, self.random) for p in pixels]
+        metrics: dict[str, Tensor] = {}
+        for phase in self.objective.phases:
+            metrics |= self.train_phase(phase, batches)
+        if self.ema is not None:
+            self.ema.update(pixels[0].samples_in_step)
+        self.step += 1
+        self.position = pixels[-1].position
+        return metrics
+
+    def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        module, optimizer = self.objective.modules[phase], self.optimizers[phase]
+        optimizer.zero()
+        metrics: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(i + 1 == len(batches))
+            loss = self.objective.loss(phase, batch, self.random)
+            loss.value.backward()
+            metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        norm = optimizer.clip()
+        # The one host sync of a step: a bad update must be stopped before it is made.
+        if not torch.isfinite(norm):
+            keys = ", ".join(key for batch in batches for key in batch.keys)
+            raise FloatingPointError(
+                f"step {self.step}, phase {phase}, rank {self.world.rank}: gradient norm is {norm.item()}, no update was "
+                f"made. This rank's samples: {keys}. Resume from the last checkpoint with a lower optimizer.lr, or "
+                "look at these samples"
+            )
+        optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
+        return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.size}  # summed over ranks: the norm
+
+    # -- seeing --------------------------------------------------------------------------------------------------
+
+    def count(self, window: Window, pixels: list[PixelBatch]) -> None:
+        shapes = [shape for p in pixels for shape in p.layout.shapes]
+        window.steps += 1
+        window.samples += pixels[0].samples_in_step
+        window.tokens += sum(shape.tokens for shape in shapes)
+        window.flops += 3 * sum(self.flops.sample(shape) for shape in shapes)  # backward is twice forward
+
+    def summary(self, window: Window, peak: float) -> dict[str, float]:
+        """Means over the window's steps and ranks; speeds are of all ranks together, mfu and data wait a rank's mean."""
+        seconds = time.perf_counter() - window.started
+        shares = {"tokens": window.tokens, "tflop": window.flops / 1e12, "waited": window.waited}
+        local = {k: torch.tensor(v) for k, v in shares.items()}
+        total = sum_over_ranks(window.sums | local, self.world.device)
+        losses = {k: total[k] / window.steps for k in window.sums}
+        return losses | {
+            "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
+            "samples": float(window.samples),
+            "speed/samples_per_s": window.samples / seconds,
+            "speed/tokens_per_s": total["tokens"] / seconds,
+            "speed/data_wait": total["waited"] / self.world.size / seconds,
+            "speed/tflops": total["tflop"] / self.world.size / seconds,
+            "speed/mfu": total["tflop"] / self.world.size / seconds / peak,
+        }
+
+    def validate(self, validation: Validation, log: RunLog) -> None:
+        student = self.objective.modules["student"]
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            log.write(self.step, validation.losses(student))
+            if validation.config.pictures:
+                picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
+                validation.draw(student, picture)
+                log.picture(self.step, "samples", picture)
+
+    # -- keeping -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All tensors of a checkpoint. This list is the whole of it."""
+        modules = self.objective.modules
+        return {
+            "modules": {role: dict(m.named_parameters()) for role, m in modules.items()},
+            "optimizers": {p: get_optimizer_state_dict(modules[p], o.optimizers) for p, o in self.optimizers.items()},
+            "ema": self.ema.average if self.ema is not None else {},
+        }
+
+    def save(self) -> None:
+        record = self.record | {"step": self.step, "position": asdict(self.position)}
+        checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint, at any world size."""
+        record = checkpoint.read_record(path)
+        state = self.state()
+        checkpoint.load(path, state)  # modules and EMA are filled in place
+        for phase, optimizer in self.optimizers.items():
+            module = self.objective.modules[phase]
+            set_optimizer_state_dict(module, optimizer.optimizers, state["optimizers"][phase])
+        legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
+        self.position = Position(record["position"]["epoch"], record["position"]["window"], legs)
+        self.step = record["step"]

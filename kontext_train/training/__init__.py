@@ -1,0 +1,1 @@
+"""Parts that the loop holds, each useful alone: optimizer, schedule, EMA, checkpoints, metrics, validation, signals."""

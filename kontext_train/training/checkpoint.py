@@ -1,0 +1,78 @@
+"""Checkpoints: a torch.distributed.checkpoint folder for each kept step, complete or not there.
+
+    run.dir/checkpoints/step_00001000/   *.distcp, .metadata   tensors, sharded by rank, readable at any world size
+                                         record.json           step, position in the data, composed config, digests
+                                         COMPLETE              written last
+
+A folder is written as `step_N.partial` and renamed when every rank is done, so a kill at any moment leaves either the
+whole checkpoint or none. No generator and no schedule is saved: both are functions of the step.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from kontext_train.errors import ConfigError
+
+COMPLETE = "COMPLETE"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest first."""
+    return sorted(marker.parent for marker in folder.glob(f"step_????????/{COMPLETE}"))
+
+
+def save(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep: int) -> Path:
+    """Save on all ranks; returns the folder. Older complete checkpoints beyond `keep` are removed afterwards."""
+    final = checkpoint_path(folder, step)
+    partial = final.with_suffix(".partial")
+    main = dist.get_rank() == 0
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)  # an earlier try without COMPLETE
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=partial)
+    if main:
+        (partial / "record.json").write_text(json.dumps(record, indent=2))
+        partial.rename(final)
+        (final / COMPLETE).touch()
+        for old in complete_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def find_resume(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that run.resume names: auto, none, or a step folder. None starts afresh."""
+    existing = complete_checkpoints(folder)
+    if resume == "auto":
+        return existing[-1] if existing else None
+    if resume == "none":
+        if existing:
+            rule = f"but {folder} holds checkpoints of an earlier run, which it would replace"
+            raise ConfigError("run.resume", resume, rule, "Use run.resume=auto, or another run.dir")
+        return None
+    read_record(Path(resume))
+    return Path(resume)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint. ValueError if the folder is not a complete checkpoint."""
+    if not (path / COMPLETE).is_file():
+        rule = f"is not a complete checkpoint (it has no {COMPLETE} file)"
+        raise ConfigError("checkpoint", str(path), rule, "Give a step_N folder that has one")
+    return json.loads((path / "record.json").read_text())
+
+
+def load(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` in place; works at any world size, and in one process without a process group."""
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())

@@ -1,0 +1,107 @@
+"""Choices of this room. Torch-free."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kontext_train.errors import ConfigError
+from kontext_train.flow.config import SamplerConfig
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    muon = "muon"  # Muon for the matrices of the blocks, AdamW for the rest
+
+
+class ScheduleName(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Wandb(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(slots=True)
+class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 1e-5  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices; never on biases and norms
+    max_grad_norm: float = 1.0
+    muon_lr: float = 2e-3
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps", "max_grad_norm", "muon_lr"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"optimizer.{key}", getattr(self, key), "must be positive", "Give a value above 0")
+        if self.weight_decay < 0:
+            raise ConfigError("optimizer.weight_decay", self.weight_decay, "must not be negative", "0 is no decay")
+
+
+@dataclass(slots=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a factor of the peak."""
+
+    name: ScheduleName = ScheduleName.constant
+    warmup_steps: int = 100
+    final_factor: float = 0.0  # where cosine and linear end
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError("schedule.warmup_steps", self.warmup_steps, "must not be negative", "0 is no warm-up")
+
+
+@dataclass(slots=True)
+class EMAConfig:
+    """Exponential moving average of the weights; used to validate, sample and export."""
+
+    half_life_images: float = 0.0  # images after which an old weight counts half; 0 keeps no average
+
+    def __post_init__(self) -> None:
+        if self.half_life_images < 0:
+            raise ConfigError("ema.half_life_images", self.half_life_images, "must not be negative", "0 keeps no EMA")
+
+
+@dataclass(slots=True)
+class ValidationConfig:
+    samples: int = 64  # of data.validation, for the loss at eight fixed times
+    pictures: int = 8  # of them, sampled into a grid
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or not 0 <= self.pictures <= self.samples:
+            given, rule = (self.samples, self.pictures), "need samples >= 1 and 0 <= pictures <= samples"
+            raise ConfigError("validation.samples, pictures", given, rule, "For example 64 and 8")
+
+
+@dataclass(slots=True)
+class LoggingConfig:
+    wandb: Wandb = Wandb.offline
+    project: str = "kontext_train"
+    progress_bar: bool = True
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """One run: where it writes, how long it goes on, how often it does what."""
+
+    dir: str = "outputs/run"
+    seed: int = 0
+    steps: int = 1000
+    microbatches: int = 1  # packs that each rank accumulates before an update
+    resume: str = "auto"  # auto: the newest complete checkpoint of run.dir; none: refuse a used folder; or a step folder
+    log_every_steps: int = 10
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 3
+    validate_every_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        intervals = ("log_every_steps", "save_every_steps", "validate_every_steps")
+        for key in ("steps", "microbatches", "keep_checkpoints", *intervals):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"run.{key}", getattr(self, key), "must be at least 1", "Give a larger value")
