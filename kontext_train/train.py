@@ -30,7 +30,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
     import torch
 
-    from kontext_train.data.encode import Encoders
+    from kontext_train.data.encode import load_encoders
     from kontext_train.data.index import ShardIndex
     from kontext_train.data.loader import PackReader, load_packs, rank_packs, train_batches
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
@@ -38,10 +38,8 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
     from kontext_train.distributed.parallelize import parallelize
     from kontext_train.distributed.setup import process_group
     from kontext_train.models.attention import attention_function
-    from kontext_train.models.autoencoder import Autoencoder
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
-    from kontext_train.models.text_encoders import TextEncoders
     from kontext_train.models.weights import initialise, load
     from kontext_train.objectives.build import build_objective
     from kontext_train.trainer import Interrupted, Trainer
@@ -82,11 +80,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
             (folder / "config.yaml").write_text(config_yaml)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
-        encoders = Encoders(
-            Autoencoder(Path(config.encoders.path) / "vae").to(world.device),
-            TextEncoders(config.encoders.path, config.encoders.t5_tokens).to(world.device),
-            config.encoders.sample_latents,
-        )
+        encoders = load_encoders(config.encoders, world.device)
         with torch.device("meta"):
             student = Flux(config.model, attention_function(config.model.attention, world.device))
         parallelize(student, world.mesh, config.parallel)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]  # mypy cannot see T5TokenizerFast
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -38,17 +39,18 @@ from quickstart.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Example,
 TEXT_CHANNELS = 64
 TEXT_BATCH = 128
 VAE_CHANNELS = 32
-VAE_BATCH = 32
+VAE_BATCH = 16
 LATENT_CHANNELS = 16
 LATENT_NOISE = 0.3  # highest std of the noise the decoder learns to bear; latents have unit std
-NORM_OFFSET = 4.0  # see `_make_local`
+POSTERIOR_STD = 0.02
+NEGATIVES, PIN, GAIN = 14, 32.0, 0.25  # see `_fit_encoder`; 16 latents + 14 negatives + 2 pins = 32 channels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart's VAE, T5 and CLIP")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=2000)
+    parser.add_argument("--text-steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=("vae", "t5", "clip"), default=("vae", "t5", "clip"))
     arguments = parser.parse_args()
@@ -64,39 +66,58 @@ def main() -> None:
 # Autoencoder --------------------------------------------------------------------------------------------------------
 
 
-def build_vae(steps: int, seed: int) -> AutoencoderKL:
-    """An AutoencoderKL, 8 px a latent, whose latents depend on little but their own 8 x 8 px, with scale and shift
-    measured.
-
-    Loss: L1 + L2 of the picture decoded from noisy latents, a tiny KL, unit moments per channel, and locality: a
-    picture shuffled cell by cell must have the shuffled latents.
-    """
+def build_vae(steps: int, seed: int) -> Any:
+    """An AutoencoderKL, 8 px a latent: the encoder in closed form, the decoder trained to bear noisy latents (L1 + L2)."""
     vae = new_vae()
-    keep = _make_local(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    _fit_encoder(vae, seed)
+    vae.encoder.requires_grad_(False)
+    matrices = [p for p in vae.decoder.parameters() if p.shape[:2] == (VAE_CHANNELS, VAE_CHANNELS)]
+    others = [p for p in vae.decoder.parameters() if p.shape[:2] != (VAE_CHANNELS, VAE_CHANNELS)]
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    optimizer = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.99))
     warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     for step in range(steps):
         image_BCHW = _pictures(seed, step, VAE_BATCH, columns=scenes.COLUMNS[step % 2])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, report = _vae_loss(vae, image_BCHW)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the VAE's loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        error_BCHW = _decode_noisy(vae, image_BCHW) - image_BCHW
+        loss = error_BCHW.abs().mean() + 2 * error_BCHW.square().mean()
+        vae.decoder.zero_grad()
+        _update(optimizer, loss, "vae", step, steps)
+        _muon_step(matrices, momenta, lr=0.02 * _schedule(step, steps))
         warmed.step()
-        for weight, mask in keep:
-            weight.data.mul_(mask)
-        if step % 200 == 0 or step == steps - 1:
-            print(
-                f"vae {step}/{steps} " + " ".join(f"{name} {value:.4f}" for name, value in report.items()), flush=True
-            )
     _set_moments(vae, seed, steps)
     return vae.eval()
 
 
-def new_vae() -> AutoencoderKL:
+@torch.no_grad()
+def _muon_step(matrices: list[Tensor], momenta: list[Tensor], lr: float) -> None:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, then all singular values brought near 1.
+
+    torch.optim.Muon refuses convolutions; these, all of one shape, are taken as [out, in * 9]. With AdamW the decoder
+    needs several times as many steps before it tells a circle from a square.
+    """
+    nesterov = []
+    for matrix, momentum in zip(matrices, momenta, strict=True):
+        assert matrix.grad is not None
+        momentum.mul_(0.95).add_(matrix.grad)
+        nesterov.append((matrix.grad + 0.95 * momentum).flatten(1))
+    x_MOI = torch.stack(nesterov).bfloat16()
+    x_MOI = x_MOI / (x_MOI.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a_MOO = x_MOI @ x_MOI.mT
+        x_MOI = 3.4445 * x_MOI + (-4.7750 * a_MOO + 2.0315 * a_MOO @ a_MOO) @ x_MOI
+    for matrix, x_OI in zip(matrices, x_MOI.float(), strict=True):
+        matrix.sub_(x_OI.view_as(matrix), alpha=lr)
+
+
+def _decode_noisy(vae: Any, image_BCHW: Tensor) -> Tensor:
+    """Pictures from their latents plus noise, of a std drawn for each, as a flow model's errors would leave them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latent_BZhw = vae.encode(image_BCHW).latent_dist.mean
+        std_B111 = LATENT_NOISE * torch.rand(len(image_BCHW), 1, 1, 1)
+        return vae.decode(latent_BZhw + std_B111 * torch.randn(latent_BZhw.shape)).sample.float()
+
+
+def new_vae() -> Any:
     """Untrained: no residual blocks in the encoder's levels, one in the decoder's; about 0.2 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -104,7 +125,7 @@ def new_vae() -> AutoencoderKL:
         block_out_channels=(VAE_CHANNELS,) * 4,
         layers_per_block=0,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
+        norm_num_groups=1,
         sample_size=32,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -112,79 +133,53 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def _make_local(vae: AutoencoderKL) -> list[tuple[Tensor, Tensor]]:
-    """Confine the encoder to its own 8 x 8 px; returns the (weight, mask) pairs to be held during training.
+@torch.no_grad()
+def _fit_encoder(vae: Any, seed: int) -> None:
+    """Make the encoder the whitened principal components of 8 x 8 px patches, up to a slight curve.
 
-    An edit should change the tokens of the edited cell and no others. So stride-1 convolutions keep their centre tap,
-    and stride-2 ones the 2 x 2 taps inside their patch. What is left is GroupNorm, which sees the whole picture: large
-    fixed offsets of alternating sign before the first norm make its statistics almost constant (they start near 0 and
-    NORM_OFFSET).
+    Such latents are almost linear in the pixels, and an edit changes those of the edited cell alone: convolutions use
+    only the taps inside their patch. GroupNorm sees the whole picture; two channels of +-PIN pin its variance, and the
+    negatives of the first components its mean, so what it does is nearly constant. The last SiLU is undone by
+    silu(y) - silu(-y) = y where the negative is at hand, else by silu(y) = y / 2 for small y.
     """
-    keep = []
-    for module in vae.encoder.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            mask = torch.zeros(3, 3)
-            mask[1, 1] = 1.0
-            if module.stride == (2, 2):
-                mask = torch.zeros(3, 3)
-                mask[:2, :2] = 1.0
-            fan_in = module.in_channels * mask.sum().item()
-            module.weight.data.normal_(0, fan_in**-0.5).mul_(mask)
-            nn.init.zeros_(module.bias)
-            keep.append((module.weight, mask))
-    vae.encoder.conv_out.bias.data[LATENT_CHANNELS:] = 2 * math.log(0.05)  # a small posterior std from the start
-    sign = torch.tensor([1.0, -1.0]).repeat(VAE_CHANNELS // 2)
-    vae.encoder.down_blocks[2].downsamplers[0].conv.bias.data = NORM_OFFSET * sign
-    for resnet in vae.encoder.mid_block.resnets:
-        resnet.conv1.bias.data = NORM_OFFSET * sign
-        resnet.conv2.weight.data.mul_(0.3)
-    for module in vae.encoder.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.data.fill_(NORM_OFFSET)
-            module.bias.data = -NORM_OFFSET * sign
-    return keep
+    encoder = vae.encoder
+    for parameter in encoder.parameters():
+        parameter.zero_()  # the residual blocks stay so: the identity
+    image_BCHW = _pictures(seed, -1, 3000, columns=2)
+    encoder.conv_in.weight[:3, :, 1, 1] = torch.eye(3)
+    map_BCHW = encoder.conv_in(image_BCHW)
+    first, second, third = (block.downsamplers[0] for block in encoder.down_blocks[:3])
+    first.conv.weight[:12, :3, :2, :2] = torch.eye(12).reshape(12, 3, 2, 2)
+    map_BCHW = first(map_BCHW)
+    component_OI, _, _ = _principal_components(map_BCHW)
+    second.conv.weight[:, :, :2, :2] = component_OI[:VAE_CHANNELS].unflatten(1, (VAE_CHANNELS, 2, 2))
+    component_OI, mean_I, std_O = _principal_components(second(map_BCHW))
+    white_ZI = component_OI[:LATENT_CHANNELS] / std_O[:LATENT_CHANNELS, None]
+    signed_OI = torch.cat([white_ZI, -white_ZI[:NEGATIVES]])
+    channels = len(signed_OI)
+    third.conv.weight[:channels, :, :2, :2] = signed_OI.unflatten(1, (VAE_CHANNELS, 2, 2))
+    third.conv.bias[:channels] = -signed_OI @ mean_I
+    third.conv.bias[channels:] = torch.tensor([PIN, -PIN])
+    norm_std = ((2 * PIN**2 + channels) / VAE_CHANNELS) ** 0.5
+    encoder.conv_norm_out.weight[:channels] = GAIN * norm_std
+    for z in range(LATENT_CHANNELS):
+        encoder.conv_out.weight[z, z, 1, 1] = 1 / GAIN if z < NEGATIVES else 2 / GAIN
+        if z < NEGATIVES:
+            encoder.conv_out.weight[z, LATENT_CHANNELS + z, 1, 1] = -1 / GAIN
+    encoder.conv_out.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_STD)
 
 
-def _vae_loss(vae: AutoencoderKL, image_BCHW: Tensor) -> tuple[Tensor, dict[str, float]]:
-    posterior = vae.encode(image_BCHW).latent_dist
-    mean_BZhw = posterior.mean.float()
-    noise_std_B = LATENT_NOISE * torch.rand(len(image_BCHW), 1, 1, 1)
-    std_BZhw = (posterior.std.float() ** 2 + noise_std_B**2).sqrt()
-    picture_BCHW = vae.decode(mean_BZhw + std_BZhw * torch.randn_like(mean_BZhw)).sample.float()
-    error_BCHW = picture_BCHW - image_BCHW
-    pixels = error_BCHW.abs().mean() + 4 * error_BCHW.square().mean()
-    kl = posterior.kl().mean() / mean_BZhw[0].numel()
-    white = _whiteness(mean_BZhw.transpose(0, 1).flatten(1))
-    order = torch.randperm(len(image_BCHW) * image_BCHW.shape[2] * image_BCHW.shape[3] // scenes.CELL_PX**2)
-    moved_BZhw = vae.encode(_shuffle_cells(image_BCHW, order, scenes.CELL_PX)).latent_dist.mean.float()
-    leak = (moved_BZhw - _shuffle_cells(mean_BZhw, order, scenes.CELL_PX // 8)).square().mean()
-    loss = pixels + 1e-5 * kl + 0.1 * white + 0.5 * leak
-    report = {
-        "mae": error_BCHW.abs().mean().item() / 2,
-        "kl": kl.item(),
-        "white": white.item(),
-        "leak": leak.item(),
-    }
-    return loss, report | {"posterior_std": posterior.std.mean().item()}
-
-
-def _whiteness(latent_ZN: Tensor) -> Tensor:
-    """Squared distance of the channels' mean from 0 and covariance from 1, a channel. Else most would repeat the background."""
-    covariance_ZZ = torch.cov(latent_ZN)
-    return ((covariance_ZZ - torch.eye(len(latent_ZN))).square().sum() + latent_ZN.mean(1).square().sum()) / len(latent_ZN)
-
-
-def _shuffle_cells(map_BCHW: Tensor, order: Tensor, size: int) -> Tensor:
-    """Put the `size` x `size` cells of a whole batch in another order."""
-    batch, channels, height, width = map_BCHW.shape
-    grid = map_BCHW.reshape(batch, channels, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
-    cells = grid.reshape(-1, channels, size, size)[order].reshape(grid.shape)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(map_BCHW.shape)
+def _principal_components(map_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(directions [O, I], mean [I], std along each [O]) of 2 x 2 patches, I = O = 4 C in a convolution's order."""
+    patch_NI = F.unfold(map_BCHW, 2, stride=2).transpose(1, 2).flatten(0, 1)
+    mean_I = patch_NI.mean(0)
+    variance_O, direction_IO = torch.linalg.eigh(torch.cov(patch_NI.T))
+    return direction_IO.flip(1).T, mean_I, variance_O.flip(0).clamp(min=0).sqrt()
 
 
 def _pictures(seed: int, step: int, count: int, columns: int) -> Tensor:
     """Outcomes of training examples, all kinds: [B, 3, 32, 16 * columns] in [-1, 1]."""
-    rng = np.random.default_rng([seed, step])
+    rng = np.random.default_rng([seed, 2, abs(step), step < 0])
     kinds = list(Kind)
     targets = [scenes.sample_example(rng, Split.TRAIN, kinds[i % len(kinds)], columns).target for i in range(count)]
     return to_tensor([scenes.draw(target) for target in targets])
@@ -201,8 +196,8 @@ def to_images(image_BCHW: Tensor) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def _set_moments(vae: AutoencoderKL, seed: int, step: int) -> None:
-    """Write shift_factor and scaling_factor such that (latent - shift) * scale has zero mean and unit std over pictures."""
+def _set_moments(vae: Any, seed: int, step: int) -> None:
+    """Write shift_factor and scaling_factor: over pictures (latent - shift) * scale has zero mean and unit std."""
     latents = [vae.encode(_pictures(seed, step + i, 512, scenes.COLUMNS[i])).latent_dist.mean.flatten() for i in (0, 1)]
     std, mean = torch.std_mean(torch.cat(latents))
     vae.register_to_config(shift_factor=round(mean.item(), 4), scaling_factor=round(1 / std.item(), 4))
@@ -222,12 +217,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "colour": (NOTHING, *COLOURS),
     "argument": (NOTHING, *COLOURS, *DIRECTIONS, *BACKGROUNDS),
 }
+OPTIONS = [len(options) for options in ATTRIBUTES.values()]
 PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """Prompts and their meaning: `attribute_BA` indices into ATTRIBUTES, `thing_BP` which of the 24 things a description lists."""
+    """Prompts and what they say: `attribute_BA` indexes ATTRIBUTES, `thing_BP` marks the PAIRS a description lists."""
 
     prompts: list[str]
     attribute_BA: Tensor
@@ -264,13 +260,12 @@ class Readers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attributes = nn.ModuleList(nn.Linear(TEXT_CHANNELS, len(options)) for options in ATTRIBUTES.values())
+        self.attributes = nn.Linear(TEXT_CHANNELS, sum(OPTIONS))
         self.things = nn.Linear(TEXT_CHANNELS, len(PAIRS))
 
     def loss(self, output_BD: Tensor, batch: PromptBatch) -> Tensor:
-        attributes = [
-            F.cross_entropy(reader(output_BD), batch.attribute_BA[:, a]) for a, reader in enumerate(self.attributes)
-        ]
+        logits = self.attributes(output_BD).split(OPTIONS, dim=1)
+        attributes = [F.cross_entropy(logit_BO, batch.attribute_BA[:, a]) for a, logit_BO in enumerate(logits)]
         things = F.binary_cross_entropy_with_logits(self.things(output_BD), batch.thing_BP)
         return torch.stack(attributes).sum() + 4 * things
 
@@ -309,6 +304,7 @@ def build_t5(out: Path, steps: int, seed: int) -> None:
         thing_BL = _named_things(tokenizer, id_BL)
         loss = loss + F.cross_entropy(heads["thing"](output_BLD).flatten(0, 1), thing_BL.flatten(), ignore_index=-1)
         _update(optimizer, loss, "t5", step, steps)
+    _scale_to_unit(model.encoder.final_layer_norm, output_BLD)
     tokenizer.save_pretrained(out / "tokenizer_2")
     model.save_pretrained(out / "text_encoder_2")
 
@@ -358,22 +354,25 @@ def _named_things(tokenizer: PreTrainedTokenizerBase, id_BL: Tensor) -> Tensor:
 
 
 def build_clip(out: Path, steps: int, seed: int) -> None:
-    """Train and save tokenizer/ and text_encoder/: meaning read linearly from the pooled output, and matched to its own in a batch."""
+    """Train and save tokenizer/ and text_encoder/.
+
+    Losses: the prompt's meaning read linearly from the pooled output, and matched with it among the batch's meanings.
+    """
     tokenizer = new_clip_tokenizer(out / "tokenizer")
     model = new_clip(tokenizer)
     readers = Readers()
-    size = sum(len(options) for options in ATTRIBUTES.values()) + len(PAIRS)
-    embed_meaning = nn.Linear(size, TEXT_CHANNELS)
+    embed_meaning = nn.Linear(sum(OPTIONS) + len(PAIRS), TEXT_CHANNELS)
     for step, optimizer in _text_steps(
         [*model.parameters(), *readers.parameters(), *embed_meaning.parameters()], steps
     ):
         batch = sample_prompts(seed, step, TEXT_BATCH)
         tokens = tokenizer(batch.prompts, padding=True, return_tensors="pt")
         pooled_BD = model(**tokens).pooler_output
-        one_hot = [F.one_hot(batch.attribute_BA[:, a], len(o)).float() for a, o in enumerate(ATTRIBUTES.values())]
+        one_hot = [F.one_hot(batch.attribute_BA[:, a], size) for a, size in enumerate(OPTIONS)]
         meaning_BA = torch.cat([*one_hot, batch.thing_BP], dim=1)
         loss = readers.loss(pooled_BD, batch) + 0.2 * _contrast(pooled_BD, embed_meaning(meaning_BA), meaning_BA)
         _update(optimizer, loss, "clip", step, steps)
+    _scale_to_unit(model.final_layer_norm, pooled_BD)
     model.save_pretrained(out / "text_encoder")
 
 
@@ -419,6 +418,13 @@ def new_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
+
+
+@torch.no_grad()
+def _scale_to_unit(norm: Any, output: Tensor) -> None:
+    """Divide an encoder's last norm by the std of its outputs."""
+    for parameter in norm.parameters():
+        parameter.div_(output.std())
 
 
 def _text_steps(parameters: list[nn.Parameter], steps: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:

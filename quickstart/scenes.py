@@ -96,7 +96,7 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: its names, exact colour (0 to 255), cell, and place in the cell (`dx`, `dy` in px from the centre)."""
+    """One object: its names, exact colour (0 to 255), cell, and place in it (`dx`, `dy` px off the centre)."""
 
     shape: str
     colour: str
@@ -131,7 +131,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What to do: `shape` and `colour` name the thing, `argument` the new colour, direction or background; "" where none."""
+    """What to do: `shape` and `colour` name the thing, `argument` the new colour, direction or background; else ""."""
 
     kind: Kind
     shape: str = ""
@@ -248,7 +248,7 @@ def _edit_thing(scene: Scene, edit: Edit) -> Scene:
 
 
 def is_held_out(edit: Edit) -> bool:
-    """Whether (kind, shape, colour, argument) is kept from training: 1 in 8, by a hash that does not see the wording."""
+    """Whether (kind, shape, colour, argument) is kept from training: 1 in 8, by a hash blind to the wording."""
     if edit.kind not in COMBINATION_KINDS:
         return False
     name = f"{HELD_OUT_SALT}/{edit.kind.value}/{edit.shape}/{edit.colour}/{edit.argument}"

@@ -6,6 +6,7 @@ Legend: S samples, M target tokens, C channels of a token.
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,17 +18,34 @@ from kontext_train.models.sequence import SequenceLayout, build_layout
 
 @dataclass(slots=True, eq=False)
 class PixelBatch:
-    """Samples as read: images of any size, prompts as text. Everything is on the CPU."""
+    """Samples as read: images of any size, prompts as text. Everything is on the CPU.
+
+    All pixels lie in one tensor, since each tensor that a worker process hands over costs a file descriptor.
+    """
 
     keys: list[str]  # shard:key of each sample, for error messages
     prompts: list[str]
-    targets: list[Tensor]  # [3, H, W] uint8
-    contexts: list[Tensor]  # [3, H, W] uint8, sample after sample
+    pixels: Tensor  # uint8, one dimension: targets, then contexts, sample after sample, each [H, W, 3]
+    image_hw: list[tuple[int, int]]  # of each of them
     layout: SequenceLayout
     visits: list[int]
     weight_S: Tensor  # float32: 1 / samples in the whole step; 0 for filler
     samples_in_step: int  # that count, over all ranks and microbatches
     position: Position  # where the run stands once this pack's step is done
+
+    def _images(self) -> list[Tensor]:
+        parts = self.pixels.split([3 * h * w for h, w in self.image_hw])
+        return [part.view(h, w, 3).permute(2, 0, 1) for part, (h, w) in zip(parts, self.image_hw, strict=True)]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """[3, H, W] uint8 of each sample."""
+        return self._images()[: len(self.keys)]
+
+    @property
+    def contexts(self) -> list[Tensor]:
+        """[3, H, W] uint8 of each context image, sample after sample."""
+        return self._images()[len(self.keys) :]
 
 
 @dataclass(slots=True, eq=False)
@@ -57,13 +75,14 @@ class PackedBatch:
 def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int | None) -> PixelBatch:
     """Read and decode a planned pack. Raises BadSample, which names shard and key."""
     raws = [reader.read(int(i)) for i in pack.samples]
-    contexts = [[] if drop else raw.contexts for raw, drop in zip(raws, pack.drop_context, strict=True)]
+    images = [raw.target for raw in raws]
+    images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
     shapes = [sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
     return PixelBatch(
         keys=[f"{raw.shard}:{raw.key}" for raw in raws],
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
-        targets=[_channels_first(raw.target) for raw in raws],
-        contexts=[_channels_first(image) for images in contexts for image in images],
+        pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
+        image_hw=[image.shape[:2] for image in images],
         layout=build_layout(shapes, pad_to),
         visits=pack.visits.tolist(),
         weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
@@ -71,6 +90,3 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
         position=pack.position,
     )
 
-
-def _channels_first(image_HW3) -> Tensor:  # type: ignore[no-untyped-def]
-    return torch.from_numpy(image_HW3).permute(2, 0, 1)

@@ -3,12 +3,14 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.models.autoencoder import Autoencoder
+from kontext_train.models.config import EncodersConfig
 from kontext_train.models.kontext import Conditioning, tokens_from_latent
 from kontext_train.models.sequence import SequenceLayout
 from kontext_train.models.text_encoders import TextEncoders
@@ -22,6 +24,13 @@ class Encoders:
     autoencoder: Autoencoder
     text: TextEncoders
     sample_latents: bool = True
+
+
+def load_encoders(config: EncodersConfig, device: torch.device) -> Encoders:
+    """The encoders of a folder in the released layout, frozen, on a device."""
+    dtype = getattr(torch, config.dtype.value)
+    autoencoder = Autoencoder(Path(config.path) / "vae", dtype).to(device)
+    return Encoders(autoencoder, TextEncoders(config.path, config.t5_tokens, dtype).to(device), config.sample_latents)
 
 
 @torch.no_grad()

@@ -206,9 +206,9 @@ def _span(member: tarfile.TarInfo) -> Span:
 def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members and raises tarfile.ReadError at a break, also at those that tarfile takes for the end."""
     while (member := tar.next()) is not None:
+        yield member  # also where its content is cut: its name tells that the sample before is whole
         if member.isreg() and member.offset_data + member.size > shard_bytes:
             raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes}, inside {member.name!r}")
-        yield member
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     marker = tar.fileobj.read(tarfile.BLOCKSIZE)

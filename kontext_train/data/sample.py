@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,8 @@ def fit_size(hw: npt.ArrayLike, max_pixels: int, multiple: int) -> npt.NDArray[n
     scaled = _isqrt(max_pixels * size // size[..., ::-1])
     size = np.where(size.prod(axis=-1, keepdims=True) > max_pixels, scaled, size)
     size = np.maximum(size // multiple, 1) * multiple
-    return np.minimum(size, max_pixels // size[..., ::-1] // multiple * multiple)
+    room = max_pixels // size[..., ::-1] // multiple * multiple  # what the other side leaves
+    return np.minimum(size, np.maximum(room, multiple))
 
 
 def _isqrt(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -91,6 +92,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _decode(file: str | Path | IO[bytes]) -> Image.Image:
+    """An upright RGB image. Raises ValueError with the reason."""
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as encoded:
+            return _to_rgb(ImageOps.exif_transpose(encoded))
+    except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
+        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _fit(image: Image.Image, max_pixels: int, multiple: int) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] at `fit_size`."""
+    height, width = fit_size((image.height, image.width), max_pixels, multiple).tolist()
+    # fit = the largest centred box of the wanted aspect ratio, resampled with antialiasing: resize to cover, then
+    # crop, in one pass. An image that has the size already comes through untouched.
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 class _OpenShard:
@@ -157,18 +175,11 @@ class SampleReader:
 
     def _image(self, raw: bytes, indexed_hw: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
         """Decodes to uint8 [H, W, 3]. Raises ValueError with the reason."""
-        try:
-            with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as encoded:
-                image = _to_rgb(ImageOps.exif_transpose(encoded))
-        except Exception as error:  # Pillow raises a dozen kinds on bad bytes; these are bytes in memory, not storage
-            raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+        image = _decode(io.BytesIO(raw))
         if (image.height, image.width) != tuple(indexed_hw):
             height, width = indexed_hw
             raise ValueError(f"decodes to {image.height}×{image.width}, the index says {height}×{width} (height×width)")
-        height, width = fit_size(indexed_hw, self.max_pixels, self.multiple).tolist()
-        # fit = the largest centred box of the wanted aspect ratio, resampled with antialiasing: resize to cover, then
-        # crop, in one pass. An image that has the size already comes through untouched.
-        return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+        return _fit(image, self.max_pixels, self.multiple)
 
 
 def _whole(file: _OpenShard, span: Span) -> bytes:
@@ -176,3 +187,11 @@ def _whole(file: _OpenShard, span: Span) -> bytes:
     if len(raw) != span.size:
         raise ValueError(f"the shard ends {span.size - len(raw)} bytes too soon: it was cut after it was indexed")
     return raw
+
+
+def load_image(path: str | Path, max_pixels: int, multiple: int) -> npt.NDArray[np.uint8]:
+    """An image file as training sees images: uint8 [H, W, 3] at `fit_size`. Raises ValueError if it is no image."""
+    try:
+        return _fit(_decode(path), max_pixels, multiple)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -49,3 +49,4 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> N
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other, and it is exact

@@ -65,12 +65,18 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
 
+class EncoderDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass(slots=True)
 class EncodersConfig:
     """The frozen encoders: a folder in the layout of the released FLUX.1 repositories."""
 
     path: str = ""  # holds tokenizer/ text_encoder/ (CLIP) tokenizer_2/ text_encoder_2/ (T5) and vae/
     t5_tokens: int = 512  # every prompt is padded or cut to this many T5 tokens; attention sees the padding, as released
+    dtype: EncoderDtype = EncoderDtype.bfloat16
     sample_latents: bool = True  # draw latents from the autoencoder's posterior; false takes its mean
 
     def __post_init__(self) -> None:

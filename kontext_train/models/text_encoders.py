@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 
 class TextEncoders(nn.Module):
-    def __init__(self, path: str | Path, t5_tokens: int) -> None:
+    def __init__(self, path: str | Path, t5_tokens: int, dtype: torch.dtype) -> None:
         """path: folder of the released layout. t5_tokens: length that every prompt is padded or cut to."""
         super().__init__()
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # seconds to import
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         folder = Path(path)
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
@@ -20,7 +22,7 @@ class TextEncoders(nn.Module):
         self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", local_files_only=True)
         self.t5_tokens = t5_tokens
         self.clip_tokens = self.clip.config.max_position_embeddings
-        self.requires_grad_(False).eval()
+        self.to(dtype).requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

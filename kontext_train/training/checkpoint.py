@@ -10,6 +10,7 @@ whole checkpoint or none. No generator and no schedule is saved: both are functi
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,4 +76,6 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def load(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place; works at any world size, and in one process without a process group."""
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is meant
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())

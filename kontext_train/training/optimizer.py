@@ -3,10 +3,11 @@
 from typing import cast
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from kontext_train.distributed.parallelize import HasBlocks
 from kontext_train.training.config import OptimizerConfig, OptimizerName
+from kontext_train.training.muon import Muon
 
 
 class PhaseOptimizer:

@@ -1,0 +1,1 @@
+"""Judging what a run made: a trained model ready to generate (`trained.py`)."""

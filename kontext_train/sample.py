@@ -1,0 +1,121 @@
+"""kontext-sample: edit or make a picture with a trained model. Several prompts in a row edit over several turns."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kontext_train.errors import ConfigError
+from kontext_train.flow.config import SamplerConfig
+
+USAGE = """\
+kontext-sample checkpoint=PATH prompt=TEXT [prompt=TEXT ...] [context=IMAGE ...] [key=value ...]
+
+  checkpoint=PATH        a run folder, a step folder, or a .safetensors file that kontext-export wrote
+  prompt=TEXT            what to make or change; each further prompt edits the result of the one before
+  context=IMAGE          an image to edit or refer to; give several, or none for text-to-image
+  out=FILE               sample.png by default; with several prompts sample.0.png, sample.1.png, ...
+  seed=0                 the same seed gives the same picture
+  height=, width=        pixels; the size of the first context if not given
+  sampler.steps=28  sampler.guidance=1.0  sampler.embedded_guidance=2.5
+  ema=true               averaged weights, where the run kept them
+  encoders=PATH          where the encoders are now, if not where the run had them
+
+  kontext-sample checkpoint=outputs/quickstart/run prompt="recolor the red circle to blue" context=scene.png
+"""
+
+
+@dataclass(slots=True)
+class SampleConfig:
+    checkpoint: str = ""
+    prompt: list[str] = field(default_factory=list)
+    context: list[str] = field(default_factory=list)
+    out: str = "sample.png"
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    ema: bool = True
+    encoders: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ConfigError("checkpoint", self.checkpoint, "must be given", "A run folder, for example")
+        if not self.prompt:
+            raise ConfigError("prompt", self.prompt, "must be given at least once", 'For example prompt="add a hat"')
+        for file in self.context:
+            if not Path(file).is_file():
+                raise ConfigError("context", file, "must be an image file", "Check the path")
+
+
+def parse(arguments: list[str]) -> SampleConfig:
+    """key=value arguments. Prompts and file names are taken as they are: commas, quotes and colons mean nothing here."""
+    texts: dict[str, list[str]] = {"prompt": [], "context": []}
+    options = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ConfigError("argument", argument, "is not key=value", "kontext-sample --help shows the keys")
+        if key in texts:
+            texts[key].append(value)
+        else:
+            options.append(argument)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SampleConfig), OmegaConf.from_dotlist(options), texts)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError("arguments", options, what, "kontext-sample --help shows the keys") from error
+    assert isinstance(config, SampleConfig)
+    return config
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
+        print(USAGE)
+        return
+    try:
+        for file in sample(parse(sys.argv[1:])):
+            print(file)
+    except ConfigError as error:
+        print(f"kontext-sample: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def sample(config: SampleConfig) -> list[Path]:
+    """Writes one PNG for each prompt; returns the files."""
+    import torch
+    from PIL import Image
+
+    from kontext_train.data.sample import load_image
+    from kontext_train.evaluation.trained import load_trained
+    from kontext_train.generate import Request
+
+    trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
+    side = trained.pixels_per_token
+    contexts = [
+        torch.from_numpy(load_image(file, trained.max_pixels, side)).permute(2, 0, 1) for file in config.context
+    ]
+    height = config.height or (contexts[0].shape[1] if contexts else 1024)
+    width = config.width or (contexts[0].shape[2] if contexts else 1024)
+    for key, value in (("height", height), ("width", width)):
+        if value < side or value % side:
+            raise ConfigError(key, value, f"must be a multiple of {side}, the pixels of a token", "Round it")
+
+    files = []
+    for turn, prompt in enumerate(config.prompt):
+        request = Request(prompt, contexts, height, width, seed=config.seed + turn)
+        (image,) = trained.generate([request], config.sampler)
+        out = Path(config.out)
+        file = out if len(config.prompt) == 1 else out.with_suffix(f".{turn}{out.suffix}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file)
+        files.append(file)
+        contexts = [image, *contexts[1:]]  # the next prompt edits this result; further references stay
+    return files
+
+
+if __name__ == "__main__":
+    main()

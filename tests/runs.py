@@ -1,0 +1,84 @@
+"""Small real training runs: shards on disk, composed config, one process or several forked ones."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+
+from kontext_train.config import TrainConfig, register_schemas, typed
+from kontext_train.train import train
+
+ENCODERS = Path(__file__).parent.parent / "quickstart" / "encoders"
+
+SMALL = [
+    "model=tiny",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.axes_dim=[4,6,6]",
+    "model.depth_single_blocks=1",
+    "model.init.gate=1",
+    f"encoders.path={ENCODERS}",
+    "encoders.t5_tokens=12",
+    "data.tokens_per_pack=128",
+    "data.window_samples=64",
+    "data.workers=0",
+    "optimizer.lr=1e-3",
+    "schedule.warmup_steps=0",
+    "parallel.param_dtype=float32",
+    "run.log_every_steps=1",
+    "logging.wandb=disabled",
+    "logging.progress_bar=false",
+]
+
+
+def compose_config(*overrides: str) -> TrainConfig:
+    register_schemas()
+    with initialize_config_module("kontext_train.conf", version_base="1.3"):
+        return typed(compose("train", overrides=list(overrides)))
+
+
+def small_config(shards: Path, run_dir: Path, *overrides: str) -> TrainConfig:
+    return compose_config(*SMALL, f"data.train={shards}", f"run.dir={run_dir}", *overrides)
+
+
+def run(config: TrainConfig, processes: int = 1) -> None:
+    """Train in forked processes (fork: the imports are done already). Raises if any of them failed."""
+    in_processes(processes, train, config)
+
+
+def in_processes(processes: int, function: Callable[..., None], *arguments: object) -> None:
+    port = _free_port()
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, processes, port, function, arguments)) for rank in range(processes)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * processes, f"exit codes of the ranks: {codes}"
+
+
+def _as_rank(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    function(*arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
