@@ -69,8 +69,10 @@ def typed(composed: DictConfig) -> TrainConfig:
 
 def _refuse_added_keys(node: DictConfig, prefix: str) -> None:
     """Hydra's `+key=value` can add to a dataclass what it does not have; say so by dotted key."""
-    known = {f.name for f in fields(OmegaConf.get_type(node))}
-    for key in node:
+    kind = OmegaConf.get_type(node)
+    assert kind is not None
+    known = {f.name for f in fields(kind)}
+    for key in map(str, node):
         if key not in known:
             rule = f"is no option. Known here: {', '.join(sorted(known))}"
             raise ConfigError(f"{prefix}{key}", node[key], rule, "Check the spelling")

@@ -51,7 +51,7 @@ class SampleConfig:
 
 
 def parse(arguments: list[str]) -> SampleConfig:
-    """key=value arguments. Prompts and file names are taken as they are: commas, quotes and colons mean nothing here."""
+    """key=value arguments. Prompts and file names are taken as they are: commas and quotes mean nothing here."""
     texts: dict[str, list[str]] = {"prompt": [], "context": []}
     options = []
     for argument in arguments:

@@ -32,7 +32,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
 
     from kontext_train.data.encode import load_encoders
     from kontext_train.data.index import ShardIndex
-    from kontext_train.data.loader import PackReader, load_packs, rank_packs, train_batches
+    from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
     from kontext_train.data.sample import SampleReader
     from kontext_train.distributed.parallelize import parallelize

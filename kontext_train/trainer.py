@@ -17,6 +17,7 @@ from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
+from kontext_train.errors import ConfigError
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
@@ -134,9 +135,9 @@ class Trainer:
         if not torch.isfinite(norm):
             keys = ", ".join(key for batch in batches for key in batch.keys)
             raise FloatingPointError(
-                f"step {self.step}, phase {phase}, rank {self.world.rank}: gradient norm is {norm.item()}, no update was "
-                f"made. This rank's samples: {keys}. Resume from the last checkpoint with a lower optimizer.lr, or "
-                "look at these samples"
+                f"step {self.step}, phase {phase}, rank {self.world.rank}: gradient norm is {norm.item()}, no "
+                f"update was made. This rank's samples: {keys}. Resume from the last checkpoint with a lower "
+                "optimizer.lr, or look at these samples"
             )
         optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
         return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.size}  # summed over ranks: the norm
@@ -151,7 +152,7 @@ class Trainer:
         window.flops += 3 * sum(self.flops.sample(shape) for shape in shapes)  # backward is twice forward
 
     def summary(self, window: Window, peak: float) -> dict[str, float]:
-        """Means over the window's steps and ranks; speeds are of all ranks together, mfu and data wait a rank's mean."""
+        """Means over steps and ranks; samples and tokens a second are of all ranks, the rest is a rank's mean."""
         seconds = time.perf_counter() - window.started
         shares = {"tokens": window.tokens, "tflop": window.flops / 1e12, "waited": window.waited}
         local = {k: torch.tensor(v) for k, v in shares.items()}
@@ -194,6 +195,10 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
         record = checkpoint.read_record(path)
+        if record["plan"] != self.record["plan"]:
+            rule = f"but {path} was planned with other data settings (shards, run.seed, data.*, encoders.t5_tokens)"
+            hint = "Samples would be lost or repeated. Restore them, or start a new run.dir with weights.student"
+            raise ConfigError("run.resume", self.config.resume, rule, hint)
         state = self.state()
         checkpoint.load(path, state)  # modules and EMA are filled in place
         for phase, optimizer in self.optimizers.items():

@@ -1,5 +1,4 @@
-"""Make the quickstart's tiny encoders: `python -m quickstart.build_encoders --out quickstart/encoders` (about 10 CPU
-minutes).
+"""Make the quickstart's tiny encoders: `python -m quickstart.build_encoders --out DIR` (about 6 CPU minutes).
 
 They come in the layout of the released FLUX.1 repositories and load with the same calls, so nothing in the trainer
 knows that they are small: `tokenizer/` (CLIPTokenizer), `text_encoder/` (CLIPTextModel), `tokenizer_2/`
@@ -11,16 +10,18 @@ latents (8 px each).
 """
 
 import argparse
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (  # type: ignore[attr-defined]  # mypy cannot see T5TokenizerFast
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def build_vae(steps: int, seed: int) -> Any:
-    """An AutoencoderKL, 8 px a latent: the encoder in closed form, the decoder trained to bear noisy latents (L1 + L2)."""
+    """An AutoencoderKL, 8 px a latent: encoder in closed form, decoder trained on noisy latents with L1 + L2."""
     vae = new_vae()
     _fit_encoder(vae, seed)
     vae.encoder.requires_grad_(False)
@@ -127,6 +128,8 @@ def new_vae() -> Any:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=1,
         sample_size=32,
+        scaling_factor=1.0,  # these two are measured after training
+        shift_factor=0.0,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
@@ -283,26 +286,21 @@ def build_t5(out: Path, steps: int, seed: int) -> None:
     """
     tokenizer = new_t5_tokenizer()
     model = new_t5(tokenizer)
-    heads = nn.ModuleDict(
-        {
-            "mean": Readers(),
-            "token": Readers(),
-            "word": nn.Linear(TEXT_CHANNELS, len(tokenizer)),
-            "thing": nn.Linear(TEXT_CHANNELS, len(PAIRS)),
-        }
-    )
-    for step, optimizer in _text_steps([*model.parameters(), *heads.parameters()], steps):
+    read_mean, read_token = Readers(), Readers()
+    read_word, read_thing = nn.Linear(TEXT_CHANNELS, len(tokenizer)), nn.Linear(TEXT_CHANNELS, len(PAIRS))
+    trained = nn.ModuleList([model, read_mean, read_token, read_word, read_thing])
+    for step, optimizer in _text_steps(trained, steps):
         batch = sample_prompts(seed, step, TEXT_BATCH)
         length = scenes.MAX_PROMPT_TOKENS + 4 * (step % 2)  # padding is seen, so train on more than one amount of it
         id_BL = tokenizer(batch.prompts, padding="max_length", max_length=length, return_tensors="pt").input_ids
         output_BLD = model(id_BL).last_hidden_state
         hidden_BL = torch.where(torch.rand(id_BL.shape) < 0.2, tokenizer.unk_token_id, id_BL)
         rebuilt_BLD = model(hidden_BL).last_hidden_state
-        loss = heads["mean"].loss(output_BLD.mean(1), batch) + heads["token"].loss(*_every_token(output_BLD, batch))
+        loss = read_mean.loss(output_BLD.mean(1), batch) + read_token.loss(*_every_token(output_BLD, batch))
         for tokens in (output_BLD, rebuilt_BLD):
-            loss = loss + F.cross_entropy(heads["word"](tokens).flatten(0, 1), id_BL.flatten())
+            loss = loss + F.cross_entropy(read_word(tokens).flatten(0, 1), id_BL.flatten())
         thing_BL = _named_things(tokenizer, id_BL)
-        loss = loss + F.cross_entropy(heads["thing"](output_BLD).flatten(0, 1), thing_BL.flatten(), ignore_index=-1)
+        loss = loss + F.cross_entropy(read_thing(output_BLD).flatten(0, 1), thing_BL.flatten(), ignore_index=-1)
         _update(optimizer, loss, "t5", step, steps)
     _scale_to_unit(model.encoder.final_layer_norm, output_BLD)
     tokenizer.save_pretrained(out / "tokenizer_2")
@@ -343,8 +341,8 @@ def _named_things(tokenizer: PreTrainedTokenizerBase, id_BL: Tensor) -> Tensor:
     """For the two words of "red circle" the index of that thing in PAIRS, elsewhere -1: [B, L]."""
     thing_BL = torch.full_like(id_BL, -1)
     for index, (shape, colour) in enumerate(PAIRS):
-        shape_id, colour_id = tokenizer.convert_tokens_to_ids([f"▁{shape}", f"▁{colour}"])
-        named = (id_BL[:, :-1] == colour_id) & (id_BL[:, 1:] == shape_id)
+        pair = torch.tensor(tokenizer.convert_tokens_to_ids([f"▁{colour}", f"▁{shape}"]))
+        named = (id_BL.unfold(1, 2, 1) == pair).all(-1)
         thing_BL[:, :-1][named] = index
         thing_BL[:, 1:][named] = index
     return thing_BL
@@ -362,9 +360,7 @@ def build_clip(out: Path, steps: int, seed: int) -> None:
     model = new_clip(tokenizer)
     readers = Readers()
     embed_meaning = nn.Linear(sum(OPTIONS) + len(PAIRS), TEXT_CHANNELS)
-    for step, optimizer in _text_steps(
-        [*model.parameters(), *readers.parameters(), *embed_meaning.parameters()], steps
-    ):
+    for step, optimizer in _text_steps(nn.ModuleList([model, readers, embed_meaning]), steps):
         batch = sample_prompts(seed, step, TEXT_BATCH)
         tokens = tokenizer(batch.prompts, padding=True, return_tensors="pt")
         pooled_BD = model(**tokens).pooler_output
@@ -386,22 +382,30 @@ def _contrast(pooled_BD: Tensor, embedded_BD: Tensor, meaning_BA: Tensor) -> Ten
 
 def new_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """A byte-pair encoding in which each word of the grammar is one token, saved in `folder` and loaded from there."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        show_progress=False,
-        special_tokens=specials,
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-    )
-    bpe.train_from_iterator([*grammar_words(), ",", *letters], trainer)
+    merges = _byte_pair_merges(grammar_words())
+    pieces = ["<|startoftext|>", "<|endoftext|>", ",</w>", *letters, *(f"{letter}</w>" for letter in letters)]
+    pieces += dict.fromkeys(first + second for first, second in merges)  # "an" + "d</w>" and "a" + "nd</w>" may both be
     folder.mkdir(parents=True, exist_ok=True)
-    bpe.model.save(str(folder))  # vocab.json and merges.txt
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=16)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merge the commonest pair until every word is one piece; ties by alphabet (the library breaks them at random)."""
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while counts := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in spelled:
+            for i in reversed(range(len(pieces) - 1)):
+                if tuple(pieces[i : i + 2]) == best:
+                    pieces[i : i + 2] = ["".join(best)]
+    return merges
 
 
 def new_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
@@ -427,8 +431,8 @@ def _scale_to_unit(norm: Any, output: Tensor) -> None:
         parameter.div_(output.std())
 
 
-def _text_steps(parameters: list[nn.Parameter], steps: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
+def _text_steps(trained: nn.Module, steps: int) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     for step in range(steps):
         yield step, optimizer

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kontext_train.evaluation.trained import Trained, load_trained
@@ -49,7 +50,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--chains", type=int, default=128)
     arguments = parser.parse_args()
-    evaluate(arguments.run, arguments.out, arguments.samples, arguments.chains)
+    summary = evaluate(arguments.run, arguments.out, arguments.samples, arguments.chains)
+    for name, value in summary.items():
+        print(f"  {name:38} {value:,.4g}")
 
 
 def evaluate(run: Path, out: Path, samples: int, chains: int) -> dict[str, float]:
@@ -83,6 +86,8 @@ def evaluate(run: Path, out: Path, samples: int, chains: int) -> dict[str, float
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_edits(out / "edits.png", edits[: 2 * len(EDIT_KINDS)], results)
     draw_turns(out / "multi_turn.png", turns[:6])
+    Image.fromarray(scenes.draw(edits[0].contexts[0])).save(out / "scene.png")  # to try kontext-sample on
+    (out / "scene.txt").write_text(edits[0].prompt)
     return summary
 
 
@@ -116,10 +121,10 @@ def sample_chains(trained: Trained, chains: list[Chain]) -> list[Turns]:
     """Every turn edits the model's own result of the turn before."""
     turns = [Turns(chain, [picture(chain.start)], []) for chain in chains]
     for number in range(len(chains[0].edits)):
-        requests = [
-            Request(t.chain.prompts[number], [t.images[-1]], *t.images[-1].shape[1:], seed=1000 * number + i)
-            for i, t in enumerate(turns)
-        ]
+        requests = []
+        for i, t in enumerate(turns):
+            _, height, width = t.images[-1].shape
+            requests.append(Request(t.chain.prompts[number], t.images[-1:], height, width, seed=1000 * number + i))
         for t, image in zip(turns, generate_all(trained, requests), strict=True):
             before, after = t.chain.truths()[number : number + 2]
             t.images.append(image)

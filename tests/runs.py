@@ -66,7 +66,9 @@ def in_processes(processes: int, function: Callable[..., None], *arguments: obje
     assert codes == [0] * processes, f"exit codes of the ranks: {codes}"
 
 
-def _as_rank(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _as_rank(
+    rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),

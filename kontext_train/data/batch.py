@@ -89,4 +89,3 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
         samples_in_step=pack.samples_in_step,
         position=pack.position,
     )
-

@@ -46,9 +46,13 @@ def load_packs(packs: Iterable[Pack], reader: PackReader, config: DataConfig) ->
 
 
 def train_batches(
-    planner: Planner, reader: PackReader, config: DataConfig, position: Position, rank: int, ranks: int, microbatches: int
+    planner: Planner,
+    reader: PackReader,
+    config: DataConfig,
+    position: Position,
+    rank: int,
+    ranks: int,
+    microbatches: int,
 ) -> Iterator[PixelBatch]:
     """Endless batches of one rank from `position` on."""
     return load_packs(rank_packs(planner.steps(position, ranks * microbatches), rank, microbatches), reader, config)
-
-

@@ -116,8 +116,7 @@ class Planner:
     def steps(self, position: Position, packs_per_step: int) -> Iterator[list[Pack]]:
         """Endless: for each step from `position` on, its packs (rank-major: rank r's microbatches lie side by side)."""
         while True:
-            for packs in self._rest_of_window(position, packs_per_step):
-                yield packs
+            yield from self._rest_of_window(position, packs_per_step)
             last = position.window + 1 == self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1)
 
@@ -205,7 +204,7 @@ class Planner:
 
 
 def deal_by_cost(cost: np.ndarray, packs: int) -> np.ndarray:
-    """Pack of each sample: rounds of one sample a pack, the costliest to the lightest pack (Graham 1969's LPT, in rounds)."""
+    """Pack of each sample, in rounds of one sample a pack, the costliest to the lightest (after Graham 1969's LPT)."""
     largest_first = np.argsort(-cost, kind="stable")
     load, pack_of_sample = np.zeros(packs), np.empty(len(cost), dtype=np.int64)
     for first in range(0, len(cost), packs):

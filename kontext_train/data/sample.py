@@ -75,11 +75,9 @@ def fit_size(hw: npt.ArrayLike, max_pixels: int, multiple: int) -> npt.NDArray[n
 
 
 def _isqrt(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """floor(sqrt(x)) exactly, 0 <= x < 2**62: the float root is at most one off, and integers say which way."""
+    """floor(sqrt(x)) exactly, 0 <= x < 2**62. Above 2**52 the float root of k² - 1 rounds up to k, never down."""
     root = np.sqrt(x.astype(np.float64)).astype(np.int64)
-    root -= root * root > x
-    root += (root + 1) ** 2 <= x
-    return root
+    return root - (root * root > x)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,8 +1,8 @@
-"""From a plain module to a sharded one, applied from outside in one order: checkpointing, compile, fully_shard."""
+"""From a plain module to a sharded one, applied from outside in one order: compile, checkpointing, fully_shard."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -25,18 +25,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> N
     Gradients are summed over ranks, not averaged: the loss already carries the global mean (PackedBatch.weight_S).
     """
     blocks = list(cast(HasBlocks, model).blocks())
-    match config.activation_checkpointing:
-        case Checkpointing.none:
-            pass
-        case Checkpointing.full:
-            for block in blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        case _:
-            raise AssertionError(config.activation_checkpointing)
-    if config.compile:
-        for block in blocks:
-            # The split between text and image tokens changes from pack to pack, so lengths are symbolic from the start.
-            block.compile(fullgraph=True, dynamic=True)
+    for block in blocks:
+        block.forward = _block_forward(block.forward, config)  # type: ignore[method-assign]
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.param_dtype.value),
         reduce_dtype=getattr(torch, config.reduce_dtype.value),
@@ -50,3 +40,20 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> N
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other, and it is exact
+
+
+def _block_forward(forward: Callable[..., Any], config: ParallelConfig) -> Callable[..., Any]:
+    """A block's forward, compiled and recomputed as the config says.
+
+    The function is compiled, not the module, so that FSDP's hooks stay outside; blocks of one kind share its code and
+    with it one graph.
+    """
+    if config.compile:
+        # The split between text and image tokens changes from pack to pack: lengths are symbolic from the start.
+        forward = torch.compile(forward, fullgraph=True, dynamic=True)
+    match config.activation_checkpointing:
+        case Checkpointing.none:
+            return forward
+        case Checkpointing.full:
+            return partial(checkpoint, forward, use_reentrant=False)
+    raise AssertionError(config.activation_checkpointing)

@@ -15,7 +15,7 @@ from kontext_train.data.encode import Encoders, load_encoders
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
-from kontext_train.models.attention import attention_function
+from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention
 from kontext_train.models.config import EncodersConfig, FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.weights import load
@@ -76,11 +76,11 @@ def section(kind: type, values: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
 
 
-def load_model(path: Path, config: dict[str, Any], ema: bool) -> Flux:
-    """The float32 network of a checkpoint (averaged weights if it has them and ema is set) or of an export, on the CPU."""
+def load_model(path: Path, config: dict[str, Any], ema: bool, attention: AttentionFunction = cpu_attention) -> Flux:
+    """The float32 network of a checkpoint (of its averaged weights, if ema) or of an export, on the CPU."""
     model_config = section(FluxConfig, config["model"])
     with torch.device("meta"):
-        model = Flux(model_config)
+        model = Flux(model_config, attention)
     model.to_empty(device="cpu")
     if not path.is_dir():
         load(model, path)
@@ -98,10 +98,8 @@ def load_trained(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve(path)
     config = read_config(path)
-    model = load_model(path, config, ema)
-    attention = attention_function(model.config.attention, device)
-    for block in model.blocks():
-        block.attention = attention
+    attention = attention_function(section(FluxConfig, config["model"]).attention, device)
+    model = load_model(path, config, ema, attention)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))
     return Trained(

@@ -7,7 +7,7 @@ from kontext_train.errors import ConfigError
 
 @dataclass(slots=True)
 class ShiftConfig:
-    """Resolution shift: mu is linear in the number of target tokens through two points, the released ones by default."""
+    """Resolution shift: mu is linear in the number of target tokens, through two points (as released)."""
 
     base_tokens: int = 256
     base_mu: float = 0.5

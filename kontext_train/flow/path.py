@@ -1,4 +1,4 @@
-"""The straight path from data to noise and its velocity (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, 2403.03206)."""
+"""The straight path from data to noise and its velocity (Liu et al. 2022, arXiv 2209.03003)."""
 
 from torch import Tensor
 
@@ -11,4 +11,3 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
     """dz/dt = noise - x, the same at every t."""
     return noise - x
-

@@ -1,6 +1,7 @@
 """Euler steps along the learned velocity, from noise to data."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -10,8 +11,7 @@ VelocityFunction = Callable[[Tensor, Tensor], Tensor]  # z [M, C], t [S] -> v [M
 def euler(velocity: VelocityFunction, noise_MC: Tensor, schedule: Tensor, sample_of_token_M: Tensor) -> Tensor:
     """x [M, C] float32 from noise. schedule: [steps + 1, S] times from 1 to 0, one column a sample of the pack."""
     z = noise_MC.float()
-    for t, t_next in zip(schedule[:-1], schedule[1:], strict=True):
+    for t, t_next in pairwise(schedule):
         v = velocity(z, t).float()
         z = z + (t_next - t)[sample_of_token_M][:, None] * v
     return z
-

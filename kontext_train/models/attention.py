@@ -34,14 +34,16 @@ def torch_varlen_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_seqle
     """torch's own variable-length FlashAttention (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn  # not in every CPU build
 
-    return varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out_NHD = varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    assert isinstance(out_NHD, Tensor)  # a tuple only when asked for more
+    return out_NHD
 
 
 def cpu_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """torch's CPU FlashAttention, once for each run of segments of equal length.
 
     One opaque operator, so that a compiled block has no graph break and one graph serves every packing. It computes in
-    float32 whatever the input: at the short lengths that fit a CPU the bfloat16 backward kernel is some ten times slower.
+    float32 whatever the input: at the short lengths that fit a CPU the bfloat16 backward kernel is ten times slower.
     """
     out_NHD, _ = _cpu_forward(q_NHD.float(), k_NHD.float(), v_NHD.float(), cu_seqlens)
     return out_NHD.to(q_NHD.dtype)

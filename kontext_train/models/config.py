@@ -18,7 +18,9 @@ class AttentionBackend(Enum):
 class InitConfig:
     """How a network that starts without weights is filled. Released weights never use this."""
 
-    gate: float = 0.0  # bias of every residual gate: 0 is adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748, section 3.2)
+    gate: float = (
+        0.0  # bias of every residual gate: 0 is adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748, section 3.2)
+    )
     qk_gain: float = 1.0  # scale of the query and key norms
 
 
@@ -75,7 +77,9 @@ class EncodersConfig:
     """The frozen encoders: a folder in the layout of the released FLUX.1 repositories."""
 
     path: str = ""  # holds tokenizer/ text_encoder/ (CLIP) tokenizer_2/ text_encoder_2/ (T5) and vae/
-    t5_tokens: int = 512  # every prompt is padded or cut to this many T5 tokens; attention sees the padding, as released
+    t5_tokens: int = (
+        512  # every prompt is padded or cut to this many T5 tokens; attention sees the padding, as released
+    )
     dtype: EncoderDtype = EncoderDtype.bfloat16
     sample_latents: bool = True  # draw latents from the autoencoder's posterior; false takes its mean
 

@@ -5,7 +5,7 @@ Context tokens stand after the target's and differ from it only in the first pos
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -25,8 +25,9 @@ class Conditioning:
     guidance_S: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: None if v is None else v.to(device) for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in values.items()}
+        return replace(self, **moved)
 
 
 def predict_velocity(model: nn.Module, z_MC: Tensor, t_S: Tensor, cond: Conditioning) -> Tensor:

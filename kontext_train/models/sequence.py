@@ -9,8 +9,8 @@ side, samples of equal length next to each other (so that the CPU attention can 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -54,8 +54,9 @@ class SequenceLayout:
     max_seqlen: int
 
     def to(self, device: torch.device | str) -> Self:
-        values = (getattr(self, f.name) for f in fields(self))
-        return type(self)(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def txt_tokens(self) -> int:
@@ -119,6 +120,6 @@ def build_layout(shapes: Sequence[SampleShape], pad_to: int | None = None) -> Se
 
 
 def _grid_ids(image: int, h: int, w: int) -> np.ndarray:
-    """[h * w, 3] position ids of image number `image`: 0 is the target, 1, 2, ... the contexts (Kontext, section 3.1)."""
+    """[h * w, 3] position ids of image number `image`: 0 is the target, 1, 2, ... the contexts."""
     rows, columns = np.divmod(np.arange(h * w), w)
     return np.stack([np.full(h * w, image), rows, columns], axis=1).astype(float)

@@ -11,17 +11,17 @@ class TextEncoders(nn.Module):
     def __init__(self, path: str | Path, t5_tokens: int, dtype: torch.dtype) -> None:
         """path: folder of the released layout. t5_tokens: length that every prompt is padded or cut to."""
         super().__init__()
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast  # seconds to import
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel  # seconds to import
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         folder = Path(path)
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+        self.t5_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
         self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", local_files_only=True)
         self.t5_tokens = t5_tokens
-        self.clip_tokens = self.clip.config.max_position_embeddings
+        self.clip_tokens = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         self.to(dtype).requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -81,7 +81,8 @@ def _check_names(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[
     if any(name.startswith("transformer_blocks.") for name in left_over):
         hint = "These are diffusers' names; give the released single file, such as flux1-dev.safetensors"
     lists = "; ".join(
-        f"{len(names)} {what}, first {names[:3]}" for what, names in (("missing", missing), ("left over", left_over)) if names
+        f"{len(names)} {what}, first {names[:3]}"
+        for what, names in (("missing", missing), ("left over", left_over))
+        if names
     )
     raise ValueError(f"{path}: parameter names do not match the model: {lists}. {hint}")
-

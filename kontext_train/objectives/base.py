@@ -1,6 +1,5 @@
 """What the training loop asks of a stage, and nothing more."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +25,6 @@ class Objective(Protocol):
     """A training stage. Frozen roles (teacher, reference) are its own business; `modules` are those that train."""
 
     modules: dict[str, nn.Module]  # role -> sharded module
-    phases: Sequence[str]  # roles, in the order in which they take their turn within a step
+    phases: tuple[str, ...]  # roles, in the order in which they take their turn within a step
 
     def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss: ...

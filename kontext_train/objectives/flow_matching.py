@@ -17,11 +17,11 @@ from kontext_train.randomness import VisitRandom
 class FlowMatching:
     """loss = E ‖v_θ(z_t, t, context, text) − (ε − x)‖², the mean over samples of each sample's mean over its tokens."""
 
-    phases = ("student",)
+    phases: tuple[str, ...] = ("student",)
 
     def __init__(self, student: nn.Module, shift: ShiftConfig, guidance: float | None) -> None:
         """guidance: told to a student with a guidance embedding; None for one without."""
-        self.modules = {"student": student}
+        self.modules: dict[str, nn.Module] = {"student": student}
         self.shift = shift
         self.guidance = guidance
 

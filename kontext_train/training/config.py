@@ -94,7 +94,9 @@ class RunConfig:
     seed: int = 0
     steps: int = 1000
     microbatches: int = 1  # packs that each rank accumulates before an update
-    resume: str = "auto"  # auto: the newest complete checkpoint of run.dir; none: refuse a used folder; or a step folder
+    resume: str = (
+        "auto"  # auto: the newest complete checkpoint of run.dir; none: refuse a used folder; or a step folder
+    )
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 3

@@ -11,7 +11,9 @@ class EMA:
     def __init__(self, model: nn.Module, half_life_images: float) -> None:
         self.model = model
         self.half_life_images = half_life_images
-        self.average: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.average: dict[str, Tensor] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
 
     def _weights(self) -> list[Tensor]:
         return [p.detach() for p in self.model.parameters() if p.requires_grad]

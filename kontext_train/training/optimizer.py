@@ -34,7 +34,7 @@ class PhaseOptimizer:
             parameter.grad = None
 
     def clip(self) -> Tensor:
-        """Scale gradients to a global norm of at most max_grad_norm; returns the norm before, a scalar on the device."""
+        """Scale gradients to a global norm of at most max_grad_norm; returns the norm before, on the device."""
         gradients = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(gradients, self.config.max_grad_norm, foreach=True)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -49,7 +49,7 @@ class PhaseOptimizer:
 
 def _share_out(model: nn.Module, name: OptimizerName) -> tuple[list[Tensor], list[Tensor]]:
     """(parameters for Muon, parameters for AdamW)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     match name:
         case OptimizerName.adamw:
             return [], trained

@@ -135,7 +135,9 @@ def test_dropout_is_decided_here_at_its_rate_and_changes_lengths() -> None:
     assert np.concatenate([p.drop_context for p in packs]).mean() == pytest.approx(0.5, abs=0.03)
     sample = int(np.flatnonzero(plan.sizes.context_tokens)[0])
     assert plan.sizes.shape(sample, drop_context=True).contexts == ()
-    assert plan.sizes.shape(sample, drop_context=False).tokens == plan.sizes.tokens(np.array([sample]), np.array([False]))
+    assert plan.sizes.shape(sample, drop_context=False).tokens == plan.sizes.tokens(
+        np.array([sample]), np.array([False])
+    )
 
 
 def test_a_rank_without_samples_gets_filler_that_does_not_count() -> None:

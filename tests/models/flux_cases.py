@@ -67,7 +67,9 @@ def random_sample(shape: SampleShape, config: FluxConfig = TINY) -> Sample:
     )
 
 
-def pack(samples: list[Sample], guidance: bool = False, pad_to: int | None = None) -> tuple[Tensor, Tensor, Conditioning]:
+def pack(
+    samples: list[Sample], guidance: bool = False, pad_to: int | None = None
+) -> tuple[Tensor, Tensor, Conditioning]:
     """z_MC, t_S and the conditioning of samples packed side by side."""
     contexts = [c for s in samples for c in s.contexts]
     cond = Conditioning(

@@ -45,10 +45,12 @@ def released_names_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]
 def image_ids(sample: Sample) -> Tensor:
     """Position ids as the released pipelines make them: target 0, contexts 1, 2, ..."""
     grids = [sample.shape.target, *sample.shape.contexts]
-    return torch.cat([
-        torch.cartesian_prod(torch.tensor([float(i)]), torch.arange(float(h)), torch.arange(float(w)))
-        for i, (h, w) in enumerate(grids)
-    ])
+    return torch.cat(
+        [
+            torch.cartesian_prod(torch.tensor([float(i)]), torch.arange(float(h)), torch.arange(float(w)))
+            for i, (h, w) in enumerate(grids)
+        ]
+    )
 
 
 def their_velocity(theirs: FluxTransformer2DModel, sample: Sample, guidance: bool, ids: Tensor | None = None) -> Tensor:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs and tests: lint, types, every test. launch/test.sh [pytest arguments], for example -m "not slow".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh dev
+export OMP_NUM_THREADS=1  # tests run one at a time on few cores; numbers must not depend on how many
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

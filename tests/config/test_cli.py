@@ -1,0 +1,139 @@
+"""What a user sees on the command line, in real processes and in-process where that shows the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from kontext_train.config import check
+from kontext_train.errors import ConfigError
+from kontext_train.export import main as export_main
+from kontext_train.sample import main as sample_main
+from kontext_train.sample import parse
+from kontext_train.train import train
+from tests.runs import SMALL, compose_config, small_config
+
+
+def kontext_train(*arguments: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "", "WORLD_SIZE": str(processes or 1)}
+    command = [sys.executable, "-m", "kontext_train.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_help_and_config_answer_without_anything_heavy(arguments: list[str]) -> None:
+    done = kontext_train(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "tokens_per_pack: 16384" in done.stdout
+    assert "reduce_dtype: float32" in done.stdout
+    code = (
+        "import sys, kontext_train.train; print({'torch', 'numpy', 'pyarrow', 'wandb', 'diffusers'} & set(sys.modules))"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.stepz=3", "Key 'stepz' not in 'RunConfig'"),
+        ("optimizer.lr=fast", "full_key: optimizer.lr"),
+        ("objective.name=flow", "Key 'name' not in 'FlowMatchingConfig'"),
+        ("optimizer.name=adam", "full_key: optimizer.name"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigCompositionException) as refused:
+        compose_config(override)
+    assert message in f"{refused.value} {refused.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+run.stepz=3", r"run\.stepz=3: is no option"),
+        ("+anything=3", r"anything=3: is no option"),
+        ("run.steps=0", r"run\.steps=0: must be at least 1"),
+        ("model.num_heads=7", r"model\.num_heads=7: must divide model\.hidden_size=3072"),
+        ("model.axes_dim=[16,56,55]", r"model\.axes_dim=\[16, 56, 55\]: must be three even numbers that sum to"),
+        ("data.prompt_dropout=1.5", r"data\.prompt_dropout=1\.5: is a probability"),
+        ("parallel.dp_shard=0", r"parallel\.dp_shard=0"),
+    ],
+)
+def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "world", "message"),
+    [
+        ("data.train=/nowhere", 1, r"data\.train='/nowhere': must be a folder of indexed shards"),
+        ("data.validation=/nowhere", 1, r"data\.validation='/nowhere': must be a folder"),
+        ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
+        ("weights.student=/nowhere", 1, r"weights\.student='/nowhere': must exist"),
+        ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
+        ("data.pad_packs=true", 1, r"data\.pad_packs=True"),
+        ("parallel.dp_replicate=3", 4, r"dp_replicate, dp_shard=\(3, -1\): .* must be the number of processes, 4"),
+        ("parallel.dp_shard=2", 4, r"dp_replicate, dp_shard=\(1, 2\): .* must be the number of processes, 4"),
+    ],
+)
+def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(small_config(shards, tmp_path, override), world)
+
+
+def test_what_only_the_shards_know_is_refused_by_key(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokens_per_pack=20: must hold the largest sample"):
+        train(small_config(shards, tmp_path, "data.tokens_per_pack=20"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.train=.*empty': must be a folder of indexed shards"):
+        train(small_config(tmp_path / "empty", tmp_path))
+
+
+def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> None:
+    done = kontext_train(*SMALL, f"data.train={shards}", f"run.dir={tmp_path}", "parallel.dp_shard=2", processes=4)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kontext-train: parallel.dp_replicate, dp_shard=(1, 2)")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    prompt = 'make it "bright", a=b: {x}'
+    config = parse(["checkpoint=run", f"prompt={prompt}", "prompt=two", f"context={tmp_path}/a.png", "sampler.steps=3"])
+    assert config.prompt == [prompt, "two"]
+    assert config.sampler.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompt=x"], r"checkpoint='': must be given"),
+        (["checkpoint=x"], r"prompt=\[\]: must be given"),
+        (["checkpoint=x", "prompt=x", "context=/nowhere.png"], r"context='/nowhere\.png': must be an image"),
+        (["checkpoint=x", "prompt=x", "stepz=3"], r"Key 'stepz' not in 'SampleConfig'"),
+        (["checkpoint=x", "prompt=x", "seed=abc"], r"could not be converted to Integer"),
+        (["checkpoint=x", "help"], r"argument='help': is not key=value"),
+        (["checkpoint=x", "prompt=x", "sampler.steps=0"], r"sampler\.steps=0: must be at least 1"),
+    ],
+)
+def test_sample_refuses_by_key(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(arguments)
+
+
+@pytest.mark.parametrize("entry", [sample_main, export_main])
+def test_entries_print_one_line_and_status_2(
+    entry: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["entry", f"checkpoint={tmp_path}", "prompt=x", "out=x.safetensors"])
+    if entry is export_main:
+        sys.argv.remove("prompt=x")
+    with pytest.raises(SystemExit) as stopped:
+        entry()  # type: ignore[operator]
+    assert stopped.value.code == 2
+    assert "is not a complete checkpoint" in capsys.readouterr().err

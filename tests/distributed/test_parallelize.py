@@ -1,0 +1,130 @@
+"""Every combination of sharding, checkpointing and compile computes what one plain module computes."""
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision
+from kontext_train.distributed.parallelize import parallelize
+from kontext_train.distributed.setup import process_group
+from kontext_train.models.flux import Flux
+from kontext_train.models.kontext import predict_velocity
+from kontext_train.models.weights import assign, initialise
+from tests.models.flux_cases import SHAPES, pack, random_flux, random_sample
+from tests.runs import in_processes
+
+FLOAT32 = {"param_dtype": Precision.float32}
+
+
+def sharded_copy(reference: Flux, config: ParallelConfig, mesh: Any) -> Flux:
+    """As a run builds it: meta, parallelize, to_empty, fill."""
+    with torch.device("meta"):
+        model = Flux(reference.config)
+    parallelize(model, mesh, config)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        assign(parameter, reference.get_parameter(name))
+    return model
+
+
+def gradients(model: Flux, packed: Any) -> dict[str, torch.Tensor]:
+    predict_velocity(model, *packed).float().square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in grads.items() if g is not None}
+
+
+def check_against_plain(config: ParallelConfig, tolerance: float) -> None:
+    torch.manual_seed(0)
+    reference = random_flux()
+    packed = pack([random_sample(s) for s in SHAPES])
+    expected = gradients(reference, packed)
+    with process_group(config) as world:
+        model = sharded_copy(reference, config, world.mesh)
+        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+        assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
+        actual = gradients(model, packed)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if config.compile else 0)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Every rank saw the same pack and gradients are summed.
+        error = (actual[name] / world.size - gradient).norm() / gradient.norm()
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", list(Checkpointing))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sharded_gradients_equal_plain(
+    ranks: int, checkpointing: Checkpointing, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:  # what compiling changes is traced, not generated: inductor's code would take a minute
+        plain = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **k: plain(f, backend="aot_eager", **k))
+    config = ParallelConfig(**FLOAT32, activation_checkpointing=checkpointing, compile=compiled)
+    in_processes(ranks, check_against_plain, config, 1e-5)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_replicated_and_sharded_gradients_equal_plain(reshard: bool) -> None:
+    config = ParallelConfig(**FLOAT32, dp_replicate=2, reshard_after_forward=reshard)
+    in_processes(2, check_against_plain, config, 1e-5)
+
+
+def test_bfloat16_is_near_and_not_equal() -> None:
+    """Negative control of the tolerance above, and the sanity of mixed precision."""
+    in_processes(1, check_against_plain, ParallelConfig(), 0.1)
+    with pytest.raises(AssertionError, match="exit codes"):
+        in_processes(1, check_against_plain, ParallelConfig(), 1e-5)
+
+
+class WireSpy(TorchDispatchMode):
+    """dtypes of what collectives move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "allgather" in name or "reduce_scatter" in name:
+            tensor = next(a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor))
+            self.seen[("gather" if "gather" in name else "reduce", tensor.dtype)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_wire(config: ParallelConfig, gathered: torch.dtype) -> None:
+    torch.manual_seed(0)
+    with process_group(config) as world:
+        model = sharded_copy(random_flux(), config, world.mesh)
+        with WireSpy() as spy:
+            predict_velocity(model, *pack([random_sample(s) for s in SHAPES])).float().square().mean().backward()
+    dtypes = {kind: {d for k, d in spy.seen if k == kind} for kind in ("gather", "reduce")}
+    assert dtypes == {"gather": {gathered}, "reduce": {torch.float32}}, spy.seen
+
+
+@pytest.mark.parametrize("gathered", [Precision.bfloat16, Precision.float32])
+def test_weights_travel_in_param_dtype_and_gradients_in_float32(gathered: Precision) -> None:
+    in_processes(2, check_wire, ParallelConfig(param_dtype=gathered), getattr(torch, gathered.value))
+
+
+def check_initialised() -> None:
+    """A sharded network starts with the numbers that a plain one starts with."""
+    reference = random_flux()
+    initialise(reference, reference.config.init, seed=3)
+    with process_group(ParallelConfig()) as world:
+        model = sharded_copy(random_flux(), ParallelConfig(), world.mesh)
+        initialise(model, model.config.init, seed=3)
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            assert torch.equal(parameter.full_tensor(), reference.get_parameter(name)), name
+        assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_processes() -> None:
+    in_processes(2, check_initialised)

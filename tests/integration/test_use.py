@@ -1,0 +1,158 @@
+"""What a trained run is for: sampling, exporting, training on from an export, sweeping."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kontext_train.evaluation.trained import load_model, load_trained, read_config
+from kontext_train.export import ExportConfig, StorageDtype, Weights, export
+from kontext_train.flow.config import SamplerConfig
+from kontext_train.generate import Request
+from kontext_train.models.weights import load
+from kontext_train.sample import SampleConfig, sample
+from kontext_train.train import train
+from kontext_train.training.metrics import read_metrics
+from tests.models.flux_cases import random_flux
+from tests.runs import SMALL, run, small_config
+
+
+@pytest.fixture(scope="module")
+def trained_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run(small_config(shards, folder, "run.steps=30", "ema.half_life_images=100", "optimizer.lr=1e-2"))
+    return folder
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def context_file(folder: Path, height: int = 32, width: int = 48) -> str:
+    file = folder / "context.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(file)
+    return str(file)
+
+
+def test_sampling_writes_a_picture_and_seeds_reproduce(trained_run: Path, tmp_path: Path) -> None:
+    def make(name: str, **changes: object) -> np.ndarray:
+        options: dict[str, object] = {"prompt": ["erase it"], "context": [context_file(tmp_path)]}
+        out = tmp_path / f"{name}.png"
+        config = SampleConfig(str(trained_run), out=str(out), sampler=SamplerConfig(steps=3), **(options | changes))  # type: ignore[arg-type]
+        assert sample(config) == [out]
+        return pixels(out)
+
+    first = make("a")
+    assert first.shape == (32, 48, 3)
+    np.testing.assert_array_equal(make("b"), first)
+    assert abs(make("c", seed=1) - first).mean() > 1
+    assert make("d", context=[], height=64, width=32).shape == (64, 32, 3)
+    assert abs(make("e", ema=False) - first).mean() > 0
+
+
+def test_prompts_in_a_row_edit_the_result_before(trained_run: Path, tmp_path: Path) -> None:
+    context = context_file(tmp_path)
+    sampler = SamplerConfig(steps=2)
+    files = sample(
+        SampleConfig(str(trained_run), ["one", "two"], [context], str(tmp_path / "x.png"), seed=5, sampler=sampler)
+    )
+    assert [f.name for f in files] == ["x.0.png", "x.1.png"]
+    (alone,) = sample(
+        SampleConfig(str(trained_run), ["two"], [str(files[0])], str(tmp_path / "y.png"), seed=6, sampler=sampler)
+    )
+    np.testing.assert_array_equal(pixels(files[1]), pixels(alone))
+
+
+def test_a_result_does_not_depend_on_its_neighbours(trained_run: Path) -> None:
+    trained = load_trained(trained_run)
+    sampler = SamplerConfig(steps=3, guidance=2.0)
+    requests = [
+        Request("remove the red circle", [torch.full((3, 32, 32), 90, dtype=torch.uint8)], 32, 32, seed=1),
+        Request("a blue square", [], 32, 48, seed=2),
+    ]
+    together = trained.generate(requests, sampler)
+    alone = [trained.generate([r], sampler)[0] for r in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 1  # rounding of one pixel level
+
+
+def test_guidance_changes_the_result(trained_run: Path) -> None:
+    trained = load_trained(trained_run)
+    request = Request("a blue square", [], 32, 32)
+    plain, guided = (trained.generate([request], SamplerConfig(steps=3, guidance=g))[0] for g in (1.0, 5.0))
+    assert (plain.int() - guided.int()).abs().float().mean() > 1
+
+
+def test_an_export_is_the_checkpoint(trained_run: Path, tmp_path: Path) -> None:
+    for weights in Weights:
+        out = tmp_path / f"{weights.value}.safetensors"
+        export(ExportConfig(str(trained_run), str(out), weights, StorageDtype.float32))
+        checkpoint = trained_run / "checkpoints" / "step_00000030"
+        model = load_model(checkpoint, read_config(checkpoint), ema=weights is Weights.ema)
+        tensors = load_file(out)
+        assert tensors.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(tensors[k], p) for k, p in model.named_parameters())
+    assert not torch.equal(tensors["img_in.weight"], load_file(tmp_path / "ema.safetensors")["img_in.weight"])
+    image = load_trained(tmp_path / "raw.safetensors").generate([Request("x", [], 32, 32)], SamplerConfig(steps=2))[0]
+    expected = load_trained(trained_run, ema=False).generate([Request("x", [], 32, 32)], SamplerConfig(steps=2))[0]
+    assert torch.equal(image, expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_starts_from_an_export(trained_run: Path, shards: Path, tmp_path: Path, processes: int) -> None:
+    out = tmp_path / "start.safetensors"
+    export(ExportConfig(str(trained_run), str(out), dtype=StorageDtype.float32))
+    small_step = ("run.steps=1", "optimizer.lr=1e-12", f"weights.student={out}")
+    run(small_config(shards, tmp_path / "run", *small_step), processes)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    model = load_model(checkpoint, read_config(checkpoint), ema=False)
+    for name, tensor in load_file(out).items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].detach(), tensor, rtol=0, atol=1e-8)
+
+
+def test_loading_is_strict_both_ways(tmp_path: Path) -> None:
+    model = random_flux()
+    tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    file = tmp_path / "w.safetensors"
+
+    def refuses(changed: dict[str, torch.Tensor], message: str) -> None:
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            load(random_flux(), file)
+
+    refuses({k: v for k, v in tensors.items() if k != "img_in.bias"}, r"1 missing, first \['img_in\.bias'\]")
+    refuses(tensors | {"guidance_in.in_layer.bias": torch.ones(3)}, r"1 left over.*model\.guidance_embed")
+    refuses(tensors | {"img_in.bias": torch.ones(3)}, r"img_in\.bias: shape \(3,\) does not fit")
+    refuses({"transformer_blocks.0.x": torch.ones(1)}, r"diffusers' names")
+    with pytest.raises(ValueError, match="no safetensors file there"):
+        load(random_flux(), tmp_path / "nothing")
+    save_file(tensors, file)
+    other = random_flux()
+    load(other, file)
+    assert all(torch.equal(p, tensors[k]) for k, p in other.named_parameters())
+
+
+def test_a_used_folder_is_not_overwritten_unasked(trained_run: Path, shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.resume='none': but .* holds checkpoints of an earlier run"):
+        train(small_config(shards, trained_run, "run.resume=none"))
+
+
+def test_resuming_another_plan_is_refused(trained_run: Path, shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.resume='auto': .* was planned with other data settings"):
+        train(small_config(shards, trained_run, "run.steps=40", "data.tokens_per_pack=200"))
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_member(shards: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, f"data.train={shards}", "run.steps=2", f"run.dir={tmp_path}/lr_${{optimizer.lr}}"]
+    command = [sys.executable, "-m", "kontext_train.train", "-m", *arguments, "optimizer.lr=1e-4,3e-4"]
+    command = [c for c in command if c != "optimizer.lr=1e-3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    for lr in ("0.0001", "0.0003"):
+        assert read_metrics(tmp_path / f"lr_{lr}" / "metrics.jsonl")[-1]["step"] == 2
