@@ -13,7 +13,8 @@ from typing import Any
 
 from webdataset import ShardWriter
 
-from kontext_train.data.index import IMAGE_SUFFIXES, IndexReport, build_index, parse_sample_json, read_image_hw
+from kontext_train.data.index import IndexReport, build_index
+from kontext_train.data.shard import IMAGE_SUFFIXES, parse_sample_json, read_image_hw
 
 _EXAMPLES = """the table, as CSV (context images separated by ';', none for text-to-image):
   target,prompt,context,source

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from kontext_train.data.index import IMAGE_FORMATS, ShardIndex, Span, parse_sample_json
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.shard import IMAGE_FORMATS, Span, parse_sample_json
 
 OPEN_SHARDS = 32  # a process: samples of a step come from anywhere, and 1,024 open files is a common limit
 

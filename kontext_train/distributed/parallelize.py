@@ -26,7 +26,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> N
     """
     blocks = list(cast(HasBlocks, model).blocks())
     for block in blocks:
-        block.forward = _block_forward(block.forward, config)  # type: ignore[method-assign]
+        block.forward = _block_forward(block.forward, config)
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.param_dtype.value),
         reduce_dtype=getattr(torch, config.reduce_dtype.value),

@@ -15,7 +15,8 @@ import webdataset
 from PIL import Image
 
 from kontext_train.data import index as index_module
-from kontext_train.data.index import Problem, ShardIndex, Span, build_index, read_image_hw
+from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.shard import Problem, Span, read_image_hw
 
 Members = list[tuple[str, bytes]]
 

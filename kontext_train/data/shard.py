@@ -1,0 +1,225 @@
+"""What is in a shard: tar headers, image headers and JSON become samples, or problems that name what is wrong.
+
+The format is described in docs/data_format.md. Sizes are (height, width) in pixels as an upright viewer sees them, that
+is after EXIF orientation. Offsets and sizes of spans are bytes within a shard.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from PIL import ExifTags, Image
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: Pillow would otherwise hand a file named .png to any decoder
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+# WebDataset's rule: the key ends at the first dot of the base name, whatever dots the folders have.
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
+_IMAGE_ROLE = re.compile(rf"(target|context\.(?:0|[1-9][0-9]*))\.(?:{'|'.join(IMAGE_SUFFIXES)})")
+_TAIL_BYTES = 1 << 16
+
+
+class Span(NamedTuple):
+    """A run of bytes in a shard."""
+
+    offset: int
+    size: int
+
+
+class Problem(NamedTuple):
+    """Something in a shard that no run will see. `key` is empty where the trouble is not one sample's."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}" if self.key else f"{self.shard}: {self.reason}"
+
+
+def read_image_hw(file: IO[bytes]) -> tuple[int, int]:
+    """(height, width) of an encoded image after EXIF orientation, from its header alone.
+
+    Raises:
+        ValueError: the bytes are not a PNG, JPEG or WebP image that Pillow can open.
+    """
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            # Not image.getexif(): for a PNG that would decode the pixels to look for EXIF after them.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            width, height = image.size
+    except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
+        raise ValueError(f"not a readable PNG, JPEG or WebP image ({type(error).__name__}: {error})") from error
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def parse_sample_json(raw: bytes) -> dict[str, Any]:
+    """The object in a sample's JSON member; its "prompt" is a string (which may be empty).
+
+    Raises:
+        ValueError: it is not UTF-8 JSON, not an object, or has no prompt that can be encoded again as UTF-8.
+    """
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"json cannot be parsed ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"json is a {type(value).__name__}; it must be an object with a string 'prompt'")
+    if not isinstance(value.get("prompt"), str):
+        given = f"prompt is {value['prompt']!r}" if "prompt" in value else "it has no prompt"
+        raise ValueError(f"json must have a string 'prompt'; {given}")
+    try:
+        value["prompt"].encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell and no tokenizer takes
+        raise ValueError(f"json has a prompt that is not valid Unicode ({error})") from error
+    return value
+
+
+@dataclass(slots=True)
+class ScannedSample:
+    key: str
+    json: Span
+    target: Span
+    target_hw: tuple[int, int]
+    contexts: list[Span] = field(default_factory=list)
+    context_hw: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _role(suffix: str) -> str:
+    """What a member is to its sample: "json", "target" or "context.N"."""
+    if suffix == "json":
+        return suffix
+    if match := _IMAGE_ROLE.fullmatch(suffix):
+        return match[1]
+    raise ValueError(
+        f"member .{suffix} is not part of the format: expected .json, .target.EXT and .context.N.EXT "
+        f"with EXT one of {', '.join(IMAGE_SUFFIXES)} and N = 0, 1, 2, …"
+    )
+
+
+def _roles(members: Sequence[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
+    """Members of one sample by role. Raises ValueError if they do not make up a sample."""
+    roles: dict[str, tarfile.TarInfo] = {}
+    for suffix, member in members:
+        role = _role(suffix)
+        if role in roles:
+            raise ValueError(f"has two members for {role}")
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{role} is a link or a sparse or special file; members must be plain files")
+        if member.size == 0:
+            raise ValueError(f"{role} is empty (0 bytes)")
+        roles[role] = member
+    for role in ("target", "json"):
+        if role not in roles:
+            raise ValueError(f"{role} is missing")
+    numbers = sorted(int(role.removeprefix("context.")) for role in roles if role.startswith("context."))
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"context images must be numbered 0, 1, 2, … without a gap; found {numbers}")
+    return roles
+
+
+def _read_sample(tar: tarfile.TarFile, key: str, members: Sequence[tuple[str, tarfile.TarInfo]]) -> ScannedSample:
+    """Checks one sample and measures its images. Raises ValueError with the reason if it is broken."""
+    roles = _roles(members)
+
+    def content(role: str) -> IO[bytes]:
+        file = tar.extractfile(roles[role])
+        assert file is not None  # _roles lets plain files through only
+        return file
+
+    def image(role: str) -> tuple[Span, tuple[int, int]]:
+        try:
+            return _span(roles[role]), read_image_hw(content(role))
+        except ValueError as error:
+            raise ValueError(f"{role} is {error}") from error
+
+    parse_sample_json(content("json").read())
+    target, target_hw = image("target")
+    sample = ScannedSample(key, _span(roles["json"]), target, target_hw)
+    for number in range(len(roles) - 2):
+        span, hw = image(f"context.{number}")
+        sample.contexts.append(span)
+        sample.context_hw.append(hw)
+    return sample
+
+
+def _span(member: tarfile.TarInfo) -> Span:
+    return Span(member.offset_data, member.size)
+
+
+def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo]:
+    """Yields the members and raises tarfile.ReadError at a break, also at those that tarfile takes for the end."""
+    while (member := tar.next()) is not None:
+        yield member  # also where its content is cut: its name tells that the sample before is whole
+        if member.isreg() and member.offset_data + member.size > shard_bytes:
+            raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes}, inside {member.name!r}")
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    marker = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(marker) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes} without tar's end marker")
+    if any(marker):
+        raise tarfile.ReadError(f"the tar header at byte {tar.offset} is damaged; what follows cannot be read")
+
+
+def _data_after_end(tar: tarfile.TarFile) -> bool:
+    """Whether tar's end marker, which was just read, is followed by more than padding."""
+    assert tar.fileobj is not None
+    return any(tar.fileobj.read(_TAIL_BYTES))
+
+
+def scan_shard(path: Path, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
+    """Yields each sample of a shard, or the problem that keeps it out. OSError of the storage is not a problem."""
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            yield from _scan_members(tar, name, shard_bytes)
+    except tarfile.ReadError as error:  # the very first header
+        yield Problem(name, "", f"not an uncompressed tar file ({error})")
+
+
+def _scan_members(tar: tarfile.TarFile, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
+    finished: set[str] = set()
+    key, group = "", list[tuple[str, tarfile.TarInfo]]()
+
+    def finish() -> Iterator[ScannedSample | Problem]:
+        if not group:
+            return
+        if key in finished:
+            yield Problem(name, key, "this key was used before in the shard: members of a sample must be consecutive")
+            return
+        finished.add(key)
+        try:
+            yield _read_sample(tar, key, group)
+        except ValueError as error:
+            yield Problem(name, key, str(error))
+
+    try:
+        for member in _members(tar, shard_bytes):
+            if member.isdir():  # holds no bytes: nothing is lost
+                continue
+            match = _MEMBER_NAME.fullmatch(member.name)
+            if match is None or not _is_unicode(member.name):
+                yield Problem(name, "", f"member {member.name!r} has no key: names are UTF-8, like KEY.target.png")
+                continue
+            if match[1] != key:
+                yield from finish()
+                key, group = match[1], []
+            group.append((match[2].lower(), member))
+        joined = _data_after_end(tar)  # before finish(), which moves the file position
+        yield from finish()
+        if joined:
+            yield Problem(name, "", f"data follows tar's end marker at byte {tar.offset} (shards joined with cat?)")
+    except tarfile.ReadError as error:
+        # The sample in progress may lack context images that came after the break: it would train as another task.
+        yield Problem(name, key if group else "", f"{error}; this sample and all after it are left out")
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # tarfile spells undecodable bytes as lone surrogates
+        return False
+    return True
