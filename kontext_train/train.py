@@ -85,7 +85,9 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
             student = Flux(config.model, attention_function(config.model.attention, world.device))
         parallelize(student, world.mesh, config.parallel)
         student.to_empty(device=world.device)
-        if resume is None and config.weights.student is not None:
+        if resume is not None:
+            pass  # trainer.load fills every parameter, or raises
+        elif config.weights.student is not None:
             load(student, config.weights.student)
         else:
             initialise(student, config.model.init, config.run.seed)

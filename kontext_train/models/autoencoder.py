@@ -12,7 +12,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL  # seconds to import
 
-        vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+        options = {"torch_dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+        vae = AutoencoderKL.from_pretrained(path, **options)
         # Convolutions are faster on channels-last tensors, on GPUs and CPUs alike.
         self.vae = vae.to(memory_format=torch.channels_last).requires_grad_(False).eval()
         if getattr(self.vae.config, "shift_factor", None) is None:

@@ -7,12 +7,9 @@ collectives for a few matrices. Here the momentum stays sharded and only the upd
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _adjust_lr, _zeropower_via_newtonschulz
-
-COEFFICIENTS, STEPS, EPS = (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7
 
 
 class Muon(Optimizer):
@@ -35,11 +32,16 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         gradient, buffer = _local(parameter.grad), _local(state["momentum_buffer"])
         buffer.lerp_(gradient, 1 - momentum)
-        update = _full(torch.lerp(gradient, buffer, momentum), parameter)
-        update = _zeropower_via_newtonschulz(update, COEFFICIENTS, STEPS, EPS)
-        weight = _local(parameter)
-        weight.mul_(1 - lr * weight_decay)
-        weight.add_(_part(update, parameter), alpha=-_adjust_lr(lr, "original", parameter.shape))
+        change = _orthogonalised(_full(torch.lerp(gradient, buffer, momentum), parameter), lr)
+        _local(parameter).mul_(1 - lr * weight_decay).add_(_part(change, parameter))
+
+
+def _orthogonalised(momentum: Tensor, lr: float) -> Tensor:
+    """What torch's Muon adds to a matrix for this momentum: found by letting it update a matrix of zeros."""
+    change = nn.Parameter(torch.zeros_like(momentum))
+    change.grad = momentum
+    torch.optim.Muon([change], lr=lr, momentum=0.0, nesterov=False, weight_decay=0.0).step()
+    return change.detach()
 
 
 def _local(tensor: Tensor | None) -> Tensor:

@@ -45,7 +45,7 @@ def test_muon_equals_torchs() -> None:
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     assert not torch.equal(ours[0], weights[0])
 
 
