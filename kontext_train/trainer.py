@@ -17,7 +17,6 @@ from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
-from kontext_train.errors import ConfigError
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
@@ -195,10 +194,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
         record = checkpoint.read_record(path)
-        if record["plan"] != self.record["plan"]:
-            rule = f"but {path} was planned with other data settings (shards, run.seed, data.*, encoders.t5_tokens)"
-            hint = "Samples would be lost or repeated. Restore them, or start a new run.dir with weights.student"
-            raise ConfigError("run.resume", self.config.resume, rule, hint)
+        checkpoint.check_resumable(path, record, self.record)
         state = self.state()
         checkpoint.load(path, state)  # modules and EMA are filled in place
         for phase, optimizer in self.optimizers.items():

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from kontext_train.errors import ConfigError
 
@@ -74,8 +75,34 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads((path / "record.json").read_text())
 
 
+def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """ConfigError unless a checkpoint's record fits the run that resumes it: the same tensors and the same plan."""
+    if saved["plan"] != now["plan"]:
+        rule = f"but {path} was planned with other data settings (shards, run.seed, data.*, encoders.t5_tokens)"
+        hint = "Samples would be lost or repeated. Restore them, or start a new run.dir with weights.student"
+        raise ConfigError("run.resume", str(path), rule, hint)
+    was, wants = _what_decides_tensors(saved["config"]), _what_decides_tensors(now["config"])
+    for key in wants:
+        if was.get(key) != wants[key]:
+            rule = f"but {path} was saved with {was.get(key)!r}"
+            raise ConfigError(key, wants[key], rule, "Restore it, or start a new run.dir with weights.student")
+
+
+def _what_decides_tensors(config: dict[str, Any]) -> dict[str, Any]:
+    model = {f"model.{k}": v for k, v in config["model"].items() if k not in ("attention", "init")}
+    averaged = {"ema.half_life_images > 0": config["ema"]["half_life_images"] > 0}
+    return model | averaged | {"optimizer.name": config["optimizer"]["name"]}
+
+
 def load(path: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` in place; works at any world size, and in one process without a process group."""
+    """Fill the tensors of `state` in place; works at any world size, and in one process without a process group.
+
+    Raises RuntimeError naming the checkpoint if it cannot be read.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is meant
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        try:
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # derives from BaseException
+            reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise RuntimeError(f"{path} cannot be read: {reasons}. Remove it to resume from the one before") from error

@@ -28,6 +28,8 @@ def test_help_and_config_answer_without_anything_heavy(arguments: list[str]) -> 
     assert done.returncode == 0, done.stderr
     assert "tokens_per_pack: 16384" in done.stdout
     assert "reduce_dtype: float32" in done.stdout
+    if arguments == ["--help"]:
+        assert "run.dir='outputs/lr_${optimizer.lr}'" in done.stdout
     code = (
         "import sys, kontext_train.train; print({'torch', 'numpy', 'pyarrow', 'wandb', 'diffusers'} & set(sys.modules))"
     )

@@ -1,5 +1,6 @@
 """What a trained run is for: sampling, exporting, training on from an export, sweeping."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, load_trained, read_config
 from kontext_train.export import ExportConfig, StorageDtype, Weights, export
 from kontext_train.flow.config import SamplerConfig
@@ -142,9 +144,28 @@ def test_a_used_folder_is_not_overwritten_unasked(trained_run: Path, shards: Pat
         train(small_config(shards, trained_run, "run.resume=none"))
 
 
-def test_resuming_another_plan_is_refused(trained_run: Path, shards: Path) -> None:
-    with pytest.raises(ValueError, match=r"run\.resume='auto': .* was planned with other data settings"):
-        train(small_config(shards, trained_run, "run.steps=40", "data.tokens_per_pack=200"))
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.tokens_per_pack=200", r"run\.resume=.*step_00000030': but .* was planned with other data settings"),
+        ("model.depth_single_blocks=2", r"model\.depth_single_blocks=2: but .* was saved with 1"),
+        ("optimizer.name=muon", r"optimizer\.name='muon': but .* was saved with 'adamw'"),
+        ("ema.half_life_images=0", r"ema\.half_life_images > 0=False: but .* was saved with True"),
+    ],
+)
+def test_resuming_as_another_run_is_refused_by_key(
+    trained_run: Path, shards: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(small_config(shards, trained_run, "run.steps=40", "ema.half_life_images=100", override))
+
+
+def test_a_damaged_checkpoint_is_named(trained_run: Path, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "checkpoints" / "step_00000030").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(RuntimeError, match=r"step_00000030 cannot be read: rank 0"):
+        train(small_config(shards, tmp_path / "run", "run.steps=40", "ema.half_life_images=100"))
 
 
 @pytest.mark.slow
