@@ -19,8 +19,8 @@ from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
 from kontext_train.training.metrics import read_metrics
 from kontext_train.training.pictures import save_grid
-from quickstart import scenes
-from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Scene, Score, Split
+from quickstart import scenes, scoring
+from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Scene, Split
 
 SEED = 1000  # of the evaluation's scenes; training draws its own with another seed and split
 AT_ONCE = 64  # images sampled in one packed sequence
@@ -61,7 +61,7 @@ def evaluate(run: Path, out: Path, samples: int, chains: int) -> dict[str, float
     trained = load_trained(run)
     edits = held_out_examples(Split.HELDOUT_SCENES, samples, EDIT_KINDS)
     results = sample_examples(trained, edits)
-    scores = [scenes.score_example(image_HWC(i), e) for i, e in zip(results, edits, strict=True)]
+    scores = [scoring.score_example(image_HWC(i), e) for i, e in zip(results, edits, strict=True)]
     combinations = held_out_examples(Split.HELDOUT_COMBINATIONS, samples // 2, scenes.COMBINATION_KINDS)
     descriptions = held_out_examples(Split.HELDOUT_SCENES, samples // 4, (Kind.DESCRIBE,))
     turns = sample_chains(trained, held_out_chains(chains, turns=6))
@@ -114,7 +114,7 @@ class Turns:
 
     chain: Chain
     images: list[Tensor]
-    scores: list[Score]
+    scores: list[scoring.Score]
 
 
 def sample_chains(trained: Trained, chains: list[Chain]) -> list[Turns]:
@@ -128,13 +128,13 @@ def sample_chains(trained: Trained, chains: list[Chain]) -> list[Turns]:
         for t, image in zip(turns, generate_all(trained, requests), strict=True):
             before, after = t.chain.truths()[number : number + 2]
             t.images.append(image)
-            t.scores.append(scenes.score_edit(image_HWC(image), before, after))
+            t.scores.append(scoring.score_edit(image_HWC(image), before, after))
     return turns
 
 
-def score(trained: Trained, examples: list[Example], with_context: bool = True) -> list[Score]:
+def score(trained: Trained, examples: list[Example], with_context: bool = True) -> list[scoring.Score]:
     results = sample_examples(trained, examples, with_context)
-    return [scenes.score_example(image_HWC(i), e) for i, e in zip(results, examples, strict=True)]
+    return [scoring.score_example(image_HWC(i), e) for i, e in zip(results, examples, strict=True)]
 
 
 def sample_examples(trained: Trained, examples: list[Example], with_context: bool = True) -> list[Tensor]:
@@ -153,7 +153,7 @@ def generate_all(trained: Trained, requests: list[Request]) -> list[Tensor]:
     return images
 
 
-def share(scores: list[Score]) -> float:
+def share(scores: list[scoring.Score]) -> float:
     return float(np.mean([s.right for s in scores]))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from quickstart import build_encoders, scenes
+from quickstart import build_encoders, scenes, scoring
 from quickstart.build_encoders import ATTRIBUTES, PromptBatch, sample_prompts, to_images, to_tensor
 from quickstart.scenes import Edit, Example, Kind, Split
 
@@ -89,14 +89,14 @@ def test_reconstructions_score_as_the_truth_does(vae: Any, columns: int) -> None
     images = [scenes.draw(example.target) for example in examples]
     latent_BZhw = encode_pictures(vae, to_tensor(images))
     rebuilt = decode_latents(vae, latent_BZhw)
-    scores = [scenes.score_example(image, example) for image, example in zip(rebuilt, examples, strict=True)]
+    scores = [scoring.score_example(image, example) for image, example in zip(rebuilt, examples, strict=True)]
     assert np.mean([score.right for score in scores]) >= 0.99
     assert np.mean([abs(a.astype(int) - b).mean() / 255 for a, b in zip(images, rebuilt, strict=True)]) <= 0.012
     named = [s for s, e in zip(scores, examples, strict=True) if e.edit.kind in scenes.COMBINATION_KINDS]
     assert np.mean([score.edited_cell_mae for score in named]) <= 0.02
     for noise, lowest, highest in ((0.15, 0.97, 1.0), (1.0, 0.0, 0.3)):  # a model's small errors; and nonsense
         noisy = decode_latents(vae, latent_BZhw + noise * torch.randn_like(latent_BZhw))
-        right = np.mean([scenes.score_example(image, e).right for image, e in zip(noisy, examples, strict=True)])
+        right = np.mean([scoring.score_example(image, e).right for image, e in zip(noisy, examples, strict=True)])
         assert lowest <= right <= highest, f"latent noise {noise}: {right}"
 
 

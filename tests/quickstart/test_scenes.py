@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quickstart import scenes
+from quickstart import scenes, scoring
 from quickstart.make_dataset import example_at, write_shards
 from quickstart.scenes import Edit, Example, Kind, Split
 
@@ -21,7 +21,7 @@ def examples(kind: Kind, count: int, split: Split = Split.HELDOUT_SCENES, column
 
 
 def share_right(images: list[np.ndarray], truths: list[Example]) -> float:
-    scores = [scenes.score_example(image, example).right for image, example in zip(images, truths, strict=True)]
+    scores = [scoring.score_example(image, example).right for image, example in zip(images, truths, strict=True)]
     return float(np.mean(scores))
 
 
@@ -72,15 +72,15 @@ def test_move_must_empty_the_source_and_keep_the_others() -> None:
     assert moved is not None
     assert source is not None
     image = scenes.draw(after)
-    assert scenes.score_edit(image, before, after).right
+    assert scoring.score_edit(image, before, after).right
     both = image.copy()
     cell = np.s_[source.row * 16 : source.row * 16 + 16, source.column * 16 : source.column * 16 + 16]
     both[cell] = scenes.draw(before)[cell]
-    assert not scenes.score_edit(both, before, after).right
+    assert not scoring.score_edit(both, before, after).right
     other = next(thing for thing in after.things if thing is not moved)
     lost = image.copy()
     lost[other.row * 16 : other.row * 16 + 16, other.column * 16 : other.column * 16 + 16] = after.background_rgb
-    score = scenes.score_edit(lost, before, after)
+    score = scoring.score_edit(lost, before, after)
     assert not score.right
     assert score.edited_cell_mae == 0
     assert score.untouched_mae > 0
@@ -92,7 +92,7 @@ def test_errors_are_measured_in_the_right_cells() -> None:
     assert thing is not None
     image = scenes.draw(example.target)
     image[thing.row * 16 : thing.row * 16 + 16, thing.column * 16 : thing.column * 16 + 16] ^= 1
-    score = scenes.score_example(image, example)
+    score = scoring.score_example(image, example)
     assert score.right
     assert score.untouched_mae == 0
     assert score.edited_cell_mae == pytest.approx(1 / 255, rel=1e-4)
@@ -103,11 +103,11 @@ def test_text_to_image_takes_any_layout_and_nothing_else() -> None:
     first, second = example.target.things
     cells = iter(example.target.cells())
     elsewhere = tuple(scenes.replace(t, row=(c := next(cells))[0], column=c[1], dx=-t.dx) for t in (second, first))
-    assert scenes.text_to_image_right(scenes.draw(scenes.replace(example.target, things=elsewhere)), example.target)
+    assert scoring.text_to_image_right(scenes.draw(scenes.replace(example.target, things=elsewhere)), example.target)
     twice = scenes.replace(elsewhere[0], row=1, column=1)
     for things in (elsewhere[:1], (*elsewhere, twice)):
         wrong = scenes.draw(scenes.replace(example.target, things=things))
-        assert not scenes.text_to_image_right(wrong, example.target)
+        assert not scoring.text_to_image_right(wrong, example.target)
 
 
 @pytest.mark.parametrize("split", [Split.TRAIN, Split.HELDOUT_SCENES])
@@ -151,8 +151,8 @@ def test_a_chain_stays_valid_and_every_turn_changes_the_picture() -> None:
         scene = scenes.sample_scene(rng, columns=2 + index % 2)
         for edit in scenes.sample_chain(rng, scene, turns=6):
             after = scenes.apply_edit(scene, edit)
-            assert not scenes.score_edit(scenes.draw(scene), scene, after).right
-            assert scenes.score_edit(scenes.draw(after), scene, after).right
+            assert not scoring.score_edit(scenes.draw(scene), scene, after).right
+            assert scoring.score_edit(scenes.draw(after), scene, after).right
             assert not scenes.is_held_out(edit)
             scene = after
             kinds[edit.kind] += 1
@@ -169,7 +169,7 @@ def test_impossible_edits_are_refused() -> None:
     with pytest.raises(ValueError, match="needs `reference`"):
         scenes.apply_edit(scene, Edit(Kind.MATCH_BACKGROUND))
     with pytest.raises(ValueError, match="expected uint8"):
-        scenes.read_cells(np.zeros((32, 32, 3), np.float32))
+        scoring.read_cells(np.zeros((32, 32, 3), np.float32))
 
 
 def test_shards_hold_triplets_from_which_the_truth_is_rebuilt(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_shards_hold_triplets_from_which_the_truth_is_rebuilt(tmp_path: Path) ->
             if name.startswith(f"{key}.") and "png" in name
         }
         assert len(pictures) == 1 + len(example.contexts)
-        assert scenes.score_example(np.asarray(pictures[f"{key}.target.png"]), example).right
+        assert scoring.score_example(np.asarray(pictures[f"{key}.target.png"]), example).right
         for i, scene in enumerate(example.contexts):
             assert np.array_equal(np.asarray(pictures[f"{key}.context.{i}.png"]), scenes.draw(scene))
         counts.add(len(example.contexts))
