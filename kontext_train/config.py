@@ -97,13 +97,17 @@ def _plain(value: Any) -> Any:
 def check(config: TrainConfig, world_size: int) -> None:
     """Relations between rooms, and everything outside that a run needs. Raises ConfigError by dotted key."""
     config.parallel.mesh_shape(world_size)
-    config.encoders.pixels_per_token()
+    side = config.encoders.pixels_per_token()
+    if config.data.max_pixels < side**2:
+        rule = f"must hold at least one token of {side} x {side} pixels"
+        raise ConfigError("data.max_pixels", config.data.max_pixels, rule, "1048576 is one megapixel")
+    for key, size in config.encoders.token_sizes().items():
+        if getattr(config.model, key) != size:
+            rule = f"must be what the encoders in {config.encoders.path} give, {size}"
+            raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
     if config.schedule.warmup_steps > config.run.steps:
         rule = f"must not exceed run.steps={config.run.steps}"
         raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
-    if config.data.pad_packs and config.parallel.compile is False:
-        rule = "fills packs with tokens that only constant compiled shapes need"
-        raise ConfigError("data.pad_packs", True, rule, "Set parallel.compile=true or data.pad_packs=false")
     if config.weights.student is not None and not Path(config.weights.student).exists():
         raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
     for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):

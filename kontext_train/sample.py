@@ -40,7 +40,8 @@ class SampleConfig:
     ema: bool = True
     encoders: str | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """ConfigError by key unless there is something to do."""
         if not self.checkpoint:
             raise ConfigError("checkpoint", self.checkpoint, "must be given", "A run folder, for example")
         if not self.prompt:
@@ -63,12 +64,14 @@ def parse(arguments: list[str]) -> SampleConfig:
         else:
             options.append(argument)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(SampleConfig), OmegaConf.from_dotlist(options), texts)
+        merged = OmegaConf.merge(OmegaConf.structured(SampleConfig), OmegaConf.from_dotlist(options))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
         raise ConfigError("arguments", options, what, "kontext-sample --help shows the keys") from error
     assert isinstance(config, SampleConfig)
+    config.prompt, config.context = texts["prompt"], texts["context"]
+    config.check()
     return config
 
 
@@ -98,8 +101,9 @@ def sample(config: SampleConfig) -> list[Path]:
     contexts = [
         torch.from_numpy(load_image(file, trained.max_pixels, side)).permute(2, 0, 1) for file in config.context
     ]
-    height = config.height or (contexts[0].shape[1] if contexts else 1024)
-    width = config.width or (contexts[0].shape[2] if contexts else 1024)
+    default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
+    height = default_height if config.height is None else config.height
+    width = default_width if config.width is None else config.width
     for key, value in (("height", height), ("width", width)):
         if value < side or value % side:
             raise ConfigError(key, value, f"must be a multiple of {side}, the pixels of a token", "Round it")

@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
@@ -19,14 +22,26 @@ register_schemas()
 def main(composed: DictConfig) -> None:
     try:
         config = typed(composed)
+        config.run.dir = str(Path(config.run.dir, sweep_member(HydraConfig.get())))
         check(config, world_size_from_environment())
-        train(config, OmegaConf.to_yaml(composed, resolve=True))
+        train(config)
     except ConfigError as error:
         print(f"kontext-train: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def train(config: TrainConfig, config_yaml: str = "") -> None:
+def sweep_member(hydra_config: HydraConf) -> str:
+    """Folder of one member of a sweep below run.dir, named by what it varies; "" outside of sweeps.
+
+    A run.dir that says for itself what it depends on, such as outputs/lr_${optimizer.lr}, is left as it is.
+    """
+    if hydra_config.mode != RunMode.MULTIRUN or any(a.startswith("run.dir=") and "${" in a for a in sys.argv):
+        return ""
+    varied = [o for o in hydra_config.overrides.task if o not in sys.argv]
+    return ",".join(varied).replace("/", "_") or str(hydra_config.job.num)
+
+
+def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
     import torch
 
@@ -36,6 +51,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
     from kontext_train.data.sample import SampleReader
     from kontext_train.distributed.parallelize import parallelize
+    from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
     from kontext_train.models.attention import attention_function
     from kontext_train.models.flops import forward_flops
@@ -43,7 +59,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
     from kontext_train.models.weights import initialise, load
     from kontext_train.objectives.build import build_objective
     from kontext_train.trainer import Interrupted, Trainer
-    from kontext_train.training.checkpoint import find_resume
+    from kontext_train.training import checkpoint
     from kontext_train.training.ema import EMA
     from kontext_train.training.metrics import RunLog
     from kontext_train.training.optimizer import PhaseOptimizer
@@ -53,7 +69,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
     pixels_per_token = config.encoders.pixels_per_token()
     flops = forward_flops(config.model)
 
-    def source(key: str, folder: str) -> tuple[Planner, PackReader, str]:
+    def source(key: str, folder: str) -> tuple[ShardIndex, Planner, PackReader]:
         try:
             index = ShardIndex.open(folder)
         except ValueError as error:
@@ -61,23 +77,26 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
         sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
         check_budget(sizes, config.data)
         planner = Planner(sizes, config.data, config.run.seed, flops.by_tokens)
-        reader = PackReader(
-            SampleReader(index, config.data.max_pixels, pixels_per_token),
-            sizes,
-            pad_to=config.data.tokens_per_pack if config.data.pad_packs else None,
-        )
-        return planner, reader, plan_digest(index, sizes, config.data, config.run.seed)
+        return index, planner, PackReader(SampleReader(index, config.data.max_pixels, pixels_per_token), sizes)
 
-    planner, reader, plan = source("data.train", config.data.train)
+    index, planner, reader = source("data.train", config.data.train)
     held_out = source("data.validation", config.data.validation) if config.data.validation else None
-    resume = find_resume(config.run.resume, Path(config.run.dir) / "checkpoints")
+    if held_out is not None and config.validation.samples > len(held_out[0]):
+        rule = f"but data.validation holds {len(held_out[0])} samples"
+        raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
+    record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
+    folder = Path(config.run.dir)
+    resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
+    if resume is not None:
+        checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
 
     with process_group(config.parallel) as world:
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
-        folder = Path(config.run.dir)
+        chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
+        resume = Path(chosen) if chosen else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config_yaml)
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device)
@@ -88,7 +107,11 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
         if resume is not None:
             pass  # trainer.load fills every parameter, or raises
         elif config.weights.student is not None:
-            load(student, config.weights.student)
+            try:
+                load(student, config.weights.student)
+            except ValueError as error:
+                rule = "must hold exactly this model's parameters"
+                raise ConfigError("weights.student", config.weights.student, rule, str(error)) from error
         else:
             initialise(student, config.model.init, config.run.seed)
 
@@ -103,16 +126,22 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,
-            record={"config": plain(config), "plan": plan},
+            record,
         )
         if resume is not None:
             trainer.load(resume)
         batches = train_batches(
-            planner, reader, config.data, trainer.position, world.rank, world.size, config.run.microbatches
+            planner,
+            reader,
+            config.data,
+            trainer.position,
+            rank=world.rank,
+            ranks=world.size,
+            microbatches=config.run.microbatches,
         )
         validation = None
         if held_out is not None:
-            its_planner, its_reader, _ = held_out
+            _, its_planner, its_reader = held_out
             fixed = rank_packs(its_planner.fixed(config.validation.samples, world.size), world.rank, microbatches=1)
             pictured = its_planner.fixed(config.validation.pictures, 1) if config.validation.pictures else []
             validation = Validation(
@@ -122,17 +151,20 @@ def train(config: TrainConfig, config_yaml: str = "") -> None:
                 config.validation,
                 config.flow,
                 pixels_per_token=pixels_per_token,
-                guidance=1.0 if config.model.guidance_embed else None,
+                guidance=config.validation.guidance if config.model.guidance_embed else None,
                 device=world.device,
             )
         log = RunLog(folder, config.logging, plain(config), config.run.steps, trainer.step, world.is_main)
+        failed = True
         try:
             trainer.run(batches, validation, log)
+            failed = False
         except Interrupted as stopped:
             print(f"kontext-train: {stopped}", file=sys.stderr)
             sys.exit(REQUEUE)
         finally:
-            log.close()
+            batches.close()
+            log.close(failed)
 
 
 if __name__ == "__main__":

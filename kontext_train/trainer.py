@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
+from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.models.flops import ForwardFlops
@@ -44,7 +43,8 @@ class Window:
     samples: int = 0
     tokens: int = 0
     flops: int = 0
-    waited: float = 0.0
+    waited: float = 0.0  # seconds for data
+    paused: float = 0.0  # seconds in validation and saving, which no speed counts
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -90,19 +90,20 @@ class Trainer:
             window.add(self.train_step(pixels))
             self.count(window, pixels)
             log.advance()
-            stopping = any_rank(stop.name is not None, self.world.device)
+            stopping = any_rank(stop.name is not None)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last:
                 log.write(self.step, self.summary(window, peak))
                 window = Window()
+            paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
                 self.validate(validation, log)
-                window.started = time.perf_counter()  # validation is not training time
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.save()
-                window.started = time.perf_counter()
+            window.paused += time.perf_counter() - paused
             if stopping and not last:
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
+        log.write(self.step, {"seconds": time.perf_counter() - window.started})
 
     def due(self, every: int) -> bool:
         return self.step % every == 0
@@ -120,17 +121,15 @@ class Trainer:
         return metrics
 
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
-        module, optimizer = self.objective.modules[phase], self.optimizers[phase]
+        optimizer = self.optimizers[phase]
         optimizer.zero()
         metrics: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(i + 1 == len(batches))
+        for batch in batches:
             loss = self.objective.loss(phase, batch, self.random)
             loss.value.backward()
             metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         norm = optimizer.clip()
-        # The one host sync of a step: a bad update must be stopped before it is made.
+        # The one wait for the device in a step: a bad update must be stopped before it is made.
         if not torch.isfinite(norm):
             keys = ", ".join(key for batch in batches for key in batch.keys)
             raise FloatingPointError(
@@ -152,7 +151,8 @@ class Trainer:
 
     def summary(self, window: Window, peak: float) -> dict[str, float]:
         """Means over steps and ranks; samples and tokens a second are of all ranks, the rest is a rank's mean."""
-        seconds = time.perf_counter() - window.started
+        wall = time.perf_counter() - window.started
+        seconds = wall - window.paused
         shares = {"tokens": window.tokens, "tflop": window.flops / 1e12, "waited": window.waited}
         local = {k: torch.tensor(v) for k, v in shares.items()}
         total = sum_over_ranks(window.sums | local, self.world.device)
@@ -160,6 +160,7 @@ class Trainer:
         return losses | {
             "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
             "samples": float(window.samples),
+            "seconds": wall,
             "speed/samples_per_s": window.samples / seconds,
             "speed/tokens_per_s": total["tokens"] / seconds,
             "speed/data_wait": total["waited"] / self.world.size / seconds,
@@ -169,12 +170,13 @@ class Trainer:
 
     def validate(self, validation: Validation, log: RunLog) -> None:
         student = self.objective.modules["student"]
+        picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied() if self.ema is not None else nullcontext():
             log.write(self.step, validation.losses(student))
             if validation.config.pictures:
-                picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
                 validation.draw(student, picture)
                 log.picture(self.step, "samples", picture)
+            reshard(student)
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
@@ -183,7 +185,7 @@ class Trainer:
         modules = self.objective.modules
         return {
             "modules": {role: dict(m.named_parameters()) for role, m in modules.items()},
-            "optimizers": {p: get_optimizer_state_dict(modules[p], o.optimizers) for p, o in self.optimizers.items()},
+            "optimizers": {phase: optimizer.state() for phase, optimizer in self.optimizers.items()},
             "ema": self.ema.average if self.ema is not None else {},
         }
 
@@ -194,12 +196,10 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
         record = checkpoint.read_record(path)
-        checkpoint.check_resumable(path, record, self.record)
         state = self.state()
         checkpoint.load(path, state)  # modules and EMA are filled in place
         for phase, optimizer in self.optimizers.items():
-            module = self.objective.modules[phase]
-            set_optimizer_state_dict(module, optimizer.optimizers, state["optimizers"][phase])
+            optimizer.load(state["optimizers"][phase])
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
         self.position = Position(record["position"]["epoch"], record["position"]["window"], legs)
         self.step = record["step"]

@@ -159,9 +159,10 @@ def share(scores: list[scoring.Score]) -> float:
 
 def training_figures(run: Path) -> dict[str, float]:
     """What training took, from the run's own log."""
-    logged = [r for r in read_metrics(run / "metrics.jsonl") if "samples" in r]
+    records = read_metrics(run / "metrics.jsonl")
+    logged = [r for r in records if "samples" in r]
     return {
-        "train_seconds": sum(r["samples"] / r["speed/samples_per_s"] for r in logged),
+        "train_seconds": sum(r.get("seconds", 0.0) for r in records),
         "steps": logged[-1]["step"],
         "samples": sum(r["samples"] for r in logged),
     }

@@ -3,8 +3,7 @@
 Legend: S samples, M target tokens, C channels of a token.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,17 +61,13 @@ class PackedBatch:
     def layout(self) -> SequenceLayout:
         return self.cond.layout
 
-    def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) if hasattr(v, "to") else v for k, v in moved.items()})
-
     def token_weight_M(self) -> Tensor:
         """Weights that make a sum over target tokens the mean over the step's samples of each sample's token mean."""
         lengths_S = torch.tensor(self.layout.target_lengths, device=self.weight_S.device)
         return (self.weight_S / lengths_S)[self.layout.sample_of_target_M]
 
 
-def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int | None) -> PixelBatch:
+def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes) -> PixelBatch:
     """Read and decode a planned pack. Raises BadSample, which names shard and key."""
     raws = [reader.read(int(i)) for i in pack.samples]
     images = [raw.target for raw in raws]
@@ -83,7 +78,7 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
         pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
         image_hw=[image.shape[:2] for image in images],
-        layout=build_layout(shapes, pad_to),
+        layout=build_layout(shapes),
         visits=pack.visits.tolist(),
         weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
         samples_in_step=pack.samples_in_step,

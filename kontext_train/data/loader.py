@@ -3,8 +3,10 @@
 torch's DataLoader keeps the order of the packs it is given whatever its workers do, so order lives in the plan alone.
 """
 
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -17,11 +19,11 @@ from kontext_train.data.sample import SampleReader
 class PackReader(Dataset[PixelBatch]):
     """Maps a pack to its pixel batch; what a worker process runs."""
 
-    def __init__(self, reader: SampleReader, sizes: SampleSizes, pad_to: int | None) -> None:
-        self.reader, self.sizes, self.pad_to = reader, sizes, pad_to
+    def __init__(self, reader: SampleReader, sizes: SampleSizes) -> None:
+        self.reader, self.sizes = reader, sizes
 
     def __getitem__(self, pack: Pack) -> PixelBatch:
-        return read_pack(pack, self.reader, self.sizes, self.pad_to)
+        return read_pack(pack, self.reader, self.sizes)
 
 
 class _InOrder(Sampler[Pack]):
@@ -39,10 +41,18 @@ def rank_packs(steps: Iterable[list[Pack]], rank: int, microbatches: int) -> Ite
     return chain.from_iterable(packs[rank * microbatches : (rank + 1) * microbatches] for packs in steps)
 
 
-def load_packs(packs: Iterable[Pack], reader: PackReader, config: DataConfig) -> Iterator[PixelBatch]:
-    """Pixel batches of the packs, in order."""
-    options = {"num_workers": config.workers, "prefetch_factor": config.prefetch if config.workers else None}
-    return iter(DataLoader(reader, batch_size=None, sampler=_InOrder(packs), **options))  # type: ignore[arg-type]
+def load_packs(packs: Iterable[Pack], reader: PackReader, config: DataConfig) -> Generator[PixelBatch]:
+    """Pixel batches of the packs, in order. Close it to end the workers."""
+    options: dict[str, Any] = {"num_workers": config.workers, "worker_init_fn": _leave_signals_to_the_loop}
+    if config.workers:
+        options["prefetch_factor"] = config.prefetch
+    yield from DataLoader(reader, batch_size=None, sampler=_InOrder(packs), **options)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A stop signal goes to the whole process group; a worker that died of it would take the save down with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train_batches(
@@ -53,6 +63,6 @@ def train_batches(
     rank: int,
     ranks: int,
     microbatches: int,
-) -> Iterator[PixelBatch]:
-    """Endless batches of one rank from `position` on."""
+) -> Generator[PixelBatch]:
+    """Endless batches of one rank from `position` on. Close it to end the workers."""
     return load_packs(rank_packs(planner.steps(position, ranks * microbatches), rank, microbatches), reader, config)

@@ -16,8 +16,9 @@ from kontext_train.data.index import ShardIndex
 from kontext_train.data.sample import fit_size
 from kontext_train.errors import ConfigError
 from kontext_train.models.sequence import SampleShape
-from kontext_train.randomness import seed_of
+from kontext_train.randomness import generator, key_of
 
+PLAN_VERSION = 1  # raise it whenever the same settings give other packs: runs in progress must not mix the two
 CostFunction = Callable[[np.ndarray], np.ndarray]  # tokens of samples -> their FLOPs, in any unit
 
 
@@ -103,7 +104,7 @@ def plan_digest(index: ShardIndex, sizes: SampleSizes, config: DataConfig, seed:
     """Names a plan: runs of equal digest see the same samples in the same windows, and may continue each other."""
     settings = (config.max_pixels, config.tokens_per_pack, config.window_samples)
     dropouts = (config.prompt_dropout, config.context_dropout)
-    return f"{seed_of('plan', index.digest, sizes.txt_tokens, repr((settings, dropouts)), seed):016x}"
+    return f"{key_of('plan', PLAN_VERSION, index.digest, sizes.txt_tokens, repr((settings, dropouts)), seed):032x}"
 
 
 class Planner:
@@ -122,9 +123,7 @@ class Planner:
 
     def fixed(self, first: int, packs_per_step: int) -> list[list[Pack]]:
         """Steps that cover the first samples of the index once, without dropout: for validation."""
-        if first > len(self.sizes):
-            rule = f"but data.validation holds {len(self.sizes)} samples"
-            raise ConfigError("validation.samples, pictures", first, rule, "Lower them")
+        assert first <= len(self.sizes)
         keep = np.zeros(first, dtype=bool)
         return list(self._plan(Position(), np.arange(first), keep, keep, packs_per_step))
 
@@ -146,9 +145,9 @@ class Planner:
     def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(samples, drop_prompt, drop_context) of a window; the same at every world size."""
         n = len(self.sizes)
-        order = np.random.default_rng(seed_of(self.seed, "order", epoch)).permutation(n)
+        order = generator(self.seed, "order", epoch).permutation(n)
         samples = order[window * n // self.windows : (window + 1) * n // self.windows]
-        draws = np.random.default_rng(seed_of(self.seed, "dropout", epoch, window)).random((2, len(samples)))
+        draws = generator(self.seed, "dropout", epoch, window).random((2, len(samples)))
         return samples, draws[0] < self.config.prompt_dropout, draws[1] < self.config.context_dropout
 
     def _plan(
@@ -163,6 +162,7 @@ class Planner:
         for step in self._deal(samples, drop_context, packs_per_step, position):
             position = position.after_step(packs_per_step)
             in_step = sum(len(rows) for rows in step)
+            assert in_step > 0
             packs = []
             for rows in step:
                 counts = np.ones(len(rows), dtype=bool)
@@ -187,19 +187,22 @@ class Planner:
         """Rows of `samples` for each step and pack: fewest steps that keep the budget, like loads side by side."""
         tokens = self.sizes.tokens(samples, drop_context)
         cost = self.cost(tokens)
-        steps = max(1, -(-int(tokens.sum()) // (self.config.tokens_per_pack * packs_per_step)))
+        budget = self.config.tokens_per_pack
+        steps = max(1, -(-int(tokens.sum()) // (budget * packs_per_step)))
+        most = -(-len(samples) // packs_per_step)  # one sample a pack always fits, and leaves no step empty
         while True:
             pack_of_sample = deal_by_cost(cost, steps * packs_per_step)
             loads = np.bincount(pack_of_sample, weights=tokens, minlength=steps * packs_per_step)
-            if loads.max() <= self.config.tokens_per_pack:
+            if loads.max() <= budget:
                 break
-            steps += 1 + steps // 100
+            assert steps < most, "a sample exceeds the budget: check_budget was not called"
+            steps = min(most, steps + 1 + steps // 100)
         by_pack = np.argsort(pack_of_sample, kind="stable")
         rows = np.split(by_pack, np.cumsum(np.bincount(pack_of_sample, minlength=steps * packs_per_step))[:-1])
         # Packs of like cost share a step, so that no rank waits; steps come in random order, so that cost (and with
         # it size) says nothing about time.
         like = np.argsort(np.bincount(pack_of_sample, weights=cost, minlength=len(rows)), kind="stable")
-        order = np.random.default_rng(seed_of(self.seed, "steps", position.epoch, position.window)).permutation(steps)
+        order = generator(self.seed, "steps", position.epoch, position.window).permutation(steps)
         return [[rows[p] for p in like.reshape(steps, packs_per_step)[s]] for s in order]
 
 

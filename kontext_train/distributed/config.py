@@ -35,6 +35,9 @@ class ParallelConfig:
             rule = "must be at least 1, or -1 for all ranks left"
             raise ConfigError("parallel.dp_shard", self.dp_shard, rule, "Use -1")
 
+        if self.timeout_s < 1:
+            raise ConfigError("parallel.timeout_s", self.timeout_s, "must be at least 1", "600 is ten minutes")
+
     def mesh_shape(self, world_size: int) -> tuple[int, int]:
         """(dp_replicate, dp_shard); ConfigError unless their product is the world size."""
         shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard

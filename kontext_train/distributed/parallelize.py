@@ -42,6 +42,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> N
             module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other, and it is exact
 
 
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights: without a backward pass after it, a forward may leave them gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _block_forward(forward: Callable[..., Any], config: ParallelConfig) -> Callable[..., Any]:
     """A block's forward, compiled and recomputed as the config says.
 

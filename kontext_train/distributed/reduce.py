@@ -5,6 +5,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def from_main(value: str | None) -> str | None:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
 def sum_over_ranks(values: dict[str, Tensor], device: torch.device) -> dict[str, float]:
     """Sums of scalars over ranks; every rank must give the same names in the same order."""
     stacked = torch.stack([v.detach().double().to(device) for v in values.values()])
@@ -12,8 +19,8 @@ def sum_over_ranks(values: dict[str, Tensor], device: torch.device) -> dict[str,
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on some rank."""
-    seen = torch.tensor([flag], dtype=torch.int32, device=device)
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank. Goes over the CPU's group, so it waits for no device."""
+    seen = torch.tensor([flag], dtype=torch.int32)
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     return bool(seen.item())

@@ -16,7 +16,7 @@ from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.weights import load
 from kontext_train.training import checkpoint
@@ -98,7 +98,9 @@ def load_trained(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve(path)
     config = read_config(path)
-    attention = attention_function(section(FluxConfig, config["model"]).attention, device)
+    attention = attention_function(
+        AttentionBackend.auto, device
+    )  # whatever this machine has, not the one it trained on
     model = load_model(path, config, ema, attention)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))

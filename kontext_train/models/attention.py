@@ -22,10 +22,12 @@ def attention_function(backend: AttentionBackend, device: torch.device | str) ->
         case AttentionBackend.auto:
             return torch_varlen_attention if on_cuda else cpu_attention
         case AttentionBackend.cpu:
+            if on_cuda:
+                raise ConfigError("model.attention", backend.value, "has no CUDA kernel", "Use auto")
             return cpu_attention
         case AttentionBackend.torch_varlen:
             if not on_cuda:
-                raise ConfigError("model.attention", backend.value, "needs a CUDA device", "Use auto or cpu")
+                raise ConfigError("model.attention", backend.value, "needs a CUDA device", "Use auto")
             return torch_varlen_attention
     raise AssertionError(backend)
 

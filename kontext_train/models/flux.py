@@ -5,6 +5,7 @@ Legend: S samples, T text tokens, I image tokens, M target tokens, N = T + I, D 
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class Flux(nn.Module):
         return self.final_layer(x_ND[layout.target_in_joint_M], vec_SD, layout.sample_of_target_M)
 
 
-def initial_tensor(name: str, shape: torch.Size, config: InitConfig, generator: torch.Generator) -> Tensor:
+def initial_tensor(name: str, shape: torch.Size, config: InitConfig, generator: np.random.Generator) -> Tensor:
     """What a parameter starts from without released weights: DiT's choices (arXiv 2212.09748), by parameter name."""
     if name.endswith(".scale"):
         return torch.full(shape, config.qk_gain)
@@ -89,9 +90,9 @@ def initial_tensor(name: str, shape: torch.Size, config: InitConfig, generator: 
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if name.startswith(("time_in.", "vector_in.", "guidance_in.")):
-        return torch.randn(shape, generator=generator) * 0.02
+        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)) * 0.02
     bound = (6.0 / (shape[0] + shape[1])) ** 0.5  # Xavier uniform
-    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+    return torch.from_numpy(generator.random(shape, dtype=np.float32)) * (2 * bound) - bound
 
 
 def _triples(modulation_name: str) -> int:

@@ -4,8 +4,7 @@ Context tokens stand after the target's and differ from it only in the first pos
 2506.15742, section 3.1). No weights are added, so a text-to-image checkpoint is a Kontext checkpoint.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -23,11 +22,6 @@ class Conditioning:
     context_KC: Tensor
     layout: SequenceLayout
     guidance_S: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in values.items()}
-        return replace(self, **moved)
 
 
 def predict_velocity(model: nn.Module, z_MC: Tensor, t_S: Tensor, cond: Conditioning) -> Tensor:

@@ -18,11 +18,11 @@ class TextEncoders(nn.Module):
         folder = Path(path)
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.t5_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
-        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", local_files_only=True)
+        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
+        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True)
         self.t5_tokens = t5_tokens
         self.clip_tokens = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
-        self.to(dtype).requires_grad_(False).eval()
+        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

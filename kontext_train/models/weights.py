@@ -80,6 +80,8 @@ def _check_names(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[
     hint = "Check model.depth, model.depth_single_blocks and model.guidance_embed against the file"
     if any(name.startswith("transformer_blocks.") for name in left_over):
         hint = "These are diffusers' names; give the released single file, such as flux1-dev.safetensors"
+    elif len(set(found.values())) > 1 and any(name.startswith("decoder.") for name in left_over):
+        hint = "The folder holds an autoencoder too; give the transformer's file, such as flux1-dev.safetensors"
     lists = "; ".join(
         f"{len(names)} {what}, first {names[:3]}"
         for what, names in (("missing", missing), ("left over", left_over))

@@ -35,11 +35,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def save(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep: int) -> Path:
     """Save on all ranks; returns the folder. Older complete checkpoints beyond `keep` are removed afterwards."""
     final = checkpoint_path(folder, step)
+    assert not (final / COMPLETE).exists(), f"{final} was saved before"
     partial = final.with_suffix(".partial")
     main = dist.get_rank() == 0
     if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # an earlier try without COMPLETE
+        for left in folder.glob("step_*.partial"):  # by a kill during an earlier save
+            shutil.rmtree(left)
+        shutil.rmtree(final, ignore_errors=True)  # renamed but killed before COMPLETE
         partial.mkdir(parents=True)
     dist.barrier()
     dcp.save(state, checkpoint_id=partial)
@@ -48,30 +50,38 @@ def save(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any],
         partial.rename(final)
         (final / COMPLETE).touch()
         for old in complete_checkpoints(folder)[:-keep]:
+            (old / COMPLETE).unlink()  # first, so that a kill here leaves nothing that looks whole
             shutil.rmtree(old)
     dist.barrier()
     return final
 
 
 def find_resume(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that run.resume names: auto, none, or a step folder. None starts afresh."""
+    """The checkpoint to go on from, or None to start afresh.
+
+    resume: `auto` takes the newest complete checkpoint of `folder`; `none` insists on a folder without any; a step
+    folder is where a run begins, and once the run has a checkpoint of its own it goes on from that, so that a requeued
+    job does not begin again.
+    """
     existing = complete_checkpoints(folder)
-    if resume == "auto":
+    if resume == "none" and existing:
+        rule = f"but {folder} holds checkpoints of an earlier run, which it would replace"
+        raise ConfigError("run.resume", resume, rule, "Use run.resume=auto, or another run.dir")
+    if resume in ("auto", "none"):
         return existing[-1] if existing else None
-    if resume == "none":
-        if existing:
-            rule = f"but {folder} holds checkpoints of an earlier run, which it would replace"
-            raise ConfigError("run.resume", resume, rule, "Use run.resume=auto, or another run.dir")
-        return None
-    read_record(Path(resume))
-    return Path(resume)
+    read_record(Path(resume), key="run.resume")
+    inside = Path(resume).resolve().parent == folder.resolve()
+    if inside and Path(resume).resolve() != existing[-1].resolve():
+        rule = f"but {existing[-1].name} is newer and the two would mix"
+        raise ConfigError("run.resume", resume, rule, "Remove the newer ones, or use another run.dir")
+    return existing[-1] if existing else Path(resume)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint. ValueError if the folder is not a complete checkpoint."""
+def read_record(path: Path, key: str = "checkpoint") -> dict[str, Any]:
+    """The record of a checkpoint. ConfigError, naming `key`, if the folder is not a complete checkpoint."""
     if not (path / COMPLETE).is_file():
         rule = f"is not a complete checkpoint (it has no {COMPLETE} file)"
-        raise ConfigError("checkpoint", str(path), rule, "Give a step_N folder that has one")
+        raise ConfigError(key, str(path), rule, "Give a step_N folder that has one")
     return json.loads((path / "record.json").read_text())
 
 

@@ -1,5 +1,6 @@
 """Choices of this room. Torch-free."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -37,9 +38,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "max_grad_norm", "muon_lr"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"optimizer.{key}", getattr(self, key), "must be positive", "Give a value above 0")
-        if self.weight_decay < 0:
+        for key, momentum in (
+            ("betas", self.betas[0]),
+            ("betas", self.betas[1]),
+            ("muon_momentum", self.muon_momentum),
+        ):
+            if not 0 <= momentum < 1:
+                rule = "must be at least 0 and below 1"
+                raise ConfigError(f"optimizer.{key}", getattr(self, key), rule, "For example 0.95")
+        if not 0 <= self.weight_decay < math.inf:
             raise ConfigError("optimizer.weight_decay", self.weight_decay, "must not be negative", "0 is no decay")
 
 
@@ -54,6 +63,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ConfigError("schedule.warmup_steps", self.warmup_steps, "must not be negative", "0 is no warm-up")
+        if not 0 <= self.final_factor <= 1:
+            raise ConfigError("schedule.final_factor", self.final_factor, "must be from 0 to 1", "0 ends at no rate")
 
 
 @dataclass(slots=True)
@@ -71,6 +82,7 @@ class EMAConfig:
 class ValidationConfig:
     samples: int = 64  # of data.validation, for the loss at eight fixed times
     pictures: int = 8  # of them, sampled into a grid
+    guidance: float = 1.0  # told to a model with a guidance embedding, for the loss
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:

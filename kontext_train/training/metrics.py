@@ -3,6 +3,7 @@
 Every rank holds a RunLog and only the main one writes, so that the loop has no ranks in it.
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -56,8 +57,15 @@ class RunLog:
             import wandb
 
             mode: Any = config.wandb.value
+            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its own
             self.wandb = wandb.init(
-                project=config.project, dir=folder, name=folder.name, mode=mode, config=composed, resume="allow"
+                project=config.project,
+                dir=folder,
+                name=folder.name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                config=composed,
             )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -82,7 +90,7 @@ class RunLog:
 
             self.wandb.log({name: wandb.Image(str(file))}, step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Draws loss.png beside metrics.jsonl."""
         if not self.is_main:
             return
@@ -90,7 +98,7 @@ class RunLog:
             self.bar.close()
         draw_loss(self.file, self.file.with_name("loss.png"))
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
 
 
 SHOWN = ("loss", "speed/tokens_per_s", "speed/samples_per_s", "speed/data_wait", "speed/mfu")

@@ -1,8 +1,9 @@
 """Optimizers over a sharded model: AdamW, or Muon for the matrices of the blocks with AdamW for the rest."""
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import AdamW, Optimizer
 
 from kontext_train.distributed.parallelize import HasBlocks
@@ -28,6 +29,18 @@ class PhaseOptimizer:
             self.optimizers.append(
                 Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
             )
+
+    def state(self) -> dict[str, Any]:
+        """States of all optimizers, sharded, by parameter name."""
+        return get_optimizer_state_dict(self.model, self.optimizers)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over momenta; options stay as this run's config has them."""
+        options = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self.optimizers]
+        set_optimizer_state_dict(self.model, self.optimizers, state)
+        for optimizer, groups in zip(self.optimizers, options, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update(values)
 
     def zero(self) -> None:
         for parameter in self.model.parameters():

@@ -62,6 +62,10 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("model.axes_dim=[16,56,55]", r"model\.axes_dim=\[16, 56, 55\]: must be three even numbers that sum to"),
         ("data.prompt_dropout=1.5", r"data\.prompt_dropout=1\.5: is a probability"),
         ("parallel.dp_shard=0", r"parallel\.dp_shard=0"),
+        ("parallel.timeout_s=0", r"parallel\.timeout_s=0"),
+        ("optimizer.lr=nan", r"optimizer\.lr=nan"),
+        ("optimizer.betas=[0.9,1.5]", r"optimizer\.betas=.*1\.5.*must be at least 0 and below 1"),
+        ("schedule.final_factor=-3", r"schedule\.final_factor=-3"),
     ],
 )
 def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
@@ -77,7 +81,8 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
         ("weights.student=/nowhere", 1, r"weights\.student='/nowhere': must exist"),
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
-        ("data.pad_packs=true", 1, r"data\.pad_packs=True"),
+        ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
+        ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
         ("parallel.dp_replicate=3", 4, r"dp_replicate, dp_shard=\(3, -1\): .* must be the number of processes, 4"),
         ("parallel.dp_shard=2", 4, r"dp_replicate, dp_shard=\(1, 2\): .* must be the number of processes, 4"),
     ],
@@ -87,12 +92,18 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
         check(small_config(shards, tmp_path, override), world)
 
 
-def test_what_only_the_shards_know_is_refused_by_key(shards: Path, tmp_path: Path) -> None:
+def test_what_only_the_shards_know_is_refused_by_key(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before any process group starts."""
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: pytest.fail("a process group started"))
     with pytest.raises(ConfigError, match=r"data\.tokens_per_pack=20: must hold the largest sample"):
         train(small_config(shards, tmp_path, "data.tokens_per_pack=20"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"data\.train=.*empty': must be a folder of indexed shards"):
         train(small_config(tmp_path / "empty", tmp_path))
+    with pytest.raises(ConfigError, match=r"validation\.samples=500: but data\.validation holds 200 samples"):
+        train(small_config(shards, tmp_path, f"data.validation={shards}", "validation.samples=500"))
 
 
 def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> None:
@@ -105,7 +116,7 @@ def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> Non
 
 def test_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
-    prompt = 'make it "bright", a=b: {x}'
+    prompt = 'make it "bright", a=b: {x} ${y} ???'
     config = parse(["checkpoint=run", f"prompt={prompt}", "prompt=two", f"context={tmp_path}/a.png", "sampler.steps=3"])
     assert config.prompt == [prompt, "two"]
     assert config.sampler.steps == 3

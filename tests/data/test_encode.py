@@ -53,7 +53,7 @@ def one_of_each(sizes: SampleSizes) -> list[int]:
 def test_a_batch_holds_the_images_of_the_shard(source: tuple[SampleReader, SampleSizes]) -> None:
     reader, sizes = source
     chosen = one_of_each(sizes)
-    batch = read_pack(pack_of(chosen), reader, sizes, pad_to=None)
+    batch = read_pack(pack_of(chosen), reader, sizes)
     raws = [reader.read(i) for i in chosen]
     for target, raw in zip(batch.targets, raws, strict=True):
         np.testing.assert_array_equal(target.permute(1, 2, 0), raw.target)
@@ -66,7 +66,7 @@ def test_a_batch_holds_the_images_of_the_shard(source: tuple[SampleReader, Sampl
 
 def test_dropped_prompts_and_contexts_are_gone(source: tuple[SampleReader, SampleSizes]) -> None:
     reader, sizes = source
-    batch = read_pack(pack_of(one_of_each(sizes), drop_context=True, drop_prompt=True), reader, sizes, pad_to=None)
+    batch = read_pack(pack_of(one_of_each(sizes), drop_context=True, drop_prompt=True), reader, sizes)
     assert batch.prompts == ["", "", ""]
     assert batch.contexts == []
     assert all(s.contexts == () for s in batch.layout.shapes)
@@ -74,7 +74,7 @@ def test_dropped_prompts_and_contexts_are_gone(source: tuple[SampleReader, Sampl
 
 def test_encoding_equals_each_image_alone(source: tuple[SampleReader, SampleSizes], encoders: Encoders) -> None:
     reader, sizes = source
-    batch = read_pack(pack_of(one_of_each(sizes)), reader, sizes, pad_to=None)
+    batch = read_pack(pack_of(one_of_each(sizes)), reader, sizes)
     encoders.sample_latents = False
     packed = encode(batch, encoders, VisitRandom(0))
     encoders.sample_latents = True
@@ -91,7 +91,7 @@ def test_noise_belongs_to_the_visit_not_to_the_pack(
     chosen = one_of_each(sizes)
 
     def latents(samples: list[int], seed: int = 0) -> list[torch.Tensor]:
-        batch = read_pack(pack_of(samples), reader, sizes, pad_to=None)
+        batch = read_pack(pack_of(samples), reader, sizes)
         return list(encode(batch, encoders, VisitRandom(seed)).x_MC.split(batch.layout.target_lengths))
 
     together, last_alone = latents(chosen), latents(chosen[2:])
@@ -103,11 +103,11 @@ def test_weights_make_the_global_mean_over_samples(
     source: tuple[SampleReader, SampleSizes], encoders: Encoders
 ) -> None:
     reader, sizes = source
-    batch = encode(read_pack(pack_of(one_of_each(sizes)), reader, sizes, None), encoders, VisitRandom(0))
+    batch = encode(read_pack(pack_of(one_of_each(sizes)), reader, sizes), encoders, VisitRandom(0))
     assert batch.token_weight_M().sum().item() == pytest.approx(0.5)  # this pack is half of its step's samples
     per_sample = [w.sum().item() for w in batch.token_weight_M().split(batch.layout.target_lengths)]
     assert per_sample == pytest.approx([1 / 6] * 3)
-    filler = read_pack(pack_of([0], counts=False), reader, sizes, None)
+    filler = read_pack(pack_of([0], counts=False), reader, sizes)
     assert encode(filler, encoders, VisitRandom(0)).token_weight_M().sum() == 0
 
 
@@ -115,5 +115,5 @@ def test_weights_make_the_global_mean_over_samples(
 def test_workers_keep_the_order(source: tuple[SampleReader, SampleSizes], workers: int) -> None:
     reader, sizes = source
     packs = [pack_of([i, i + 1]) for i in range(0, 20, 2)]
-    batches: list[PixelBatch] = list(load_packs(packs, PackReader(reader, sizes, None), DataConfig(workers=workers)))
+    batches: list[PixelBatch] = list(load_packs(packs, PackReader(reader, sizes), DataConfig(workers=workers)))
     assert [b.visits for b in batches] == [p.visits.tolist() for p in packs]

@@ -2,19 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kontext_train.config import TrainConfig
+from kontext_train.data.batch import PixelBatch
+from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
 from kontext_train.train import REQUEUE, train
+from kontext_train.trainer import Trainer
 from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
-from tests.runs import run, small_config
+from tests.runs import in_processes, run, small_config
 
 
 def weights(run_dir: Path, ema: bool = False) -> dict[str, torch.Tensor]:
@@ -31,16 +37,19 @@ def losses(run_dir: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
 
 
+TEN_STEPS = ("run.steps=10", "ema.half_life_images=50")
+
+
 @pytest.fixture(scope="module")
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, two packs a step, ten steps."""
     folder = tmp_path_factory.mktemp("straight")
-    run(small_config(shards, folder, "run.steps=10", "run.microbatches=2", "ema.half_life_images=50"))
+    run(small_config(shards, folder, *TEN_STEPS, "run.microbatches=2"))
     return folder
 
 
 def test_two_processes_equal_one_on_the_same_global_batch(shards: Path, straight: Path, tmp_path: Path) -> None:
-    run(small_config(shards, tmp_path, "run.steps=10", "ema.half_life_images=50"), processes=2)
+    run(small_config(shards, tmp_path, *TEN_STEPS), processes=2)
     assert largest_difference(weights(tmp_path), weights(straight)) <= 1e-5
     assert largest_difference(weights(tmp_path, ema=True), weights(straight, ema=True)) <= 1e-5
     assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-5)
@@ -48,7 +57,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(shards: Path, straight
 
 def test_half_the_global_batch_differs(shards: Path, straight: Path, tmp_path: Path) -> None:
     """Negative control of the test above."""
-    run(small_config(shards, tmp_path, "run.steps=10", "ema.half_life_images=50"))
+    run(small_config(shards, tmp_path, *TEN_STEPS))
     assert largest_difference(weights(tmp_path), weights(straight)) > 1e-3
 
 
@@ -59,15 +68,10 @@ def test_killed_and_resumed_is_bitwise_the_same(shards: Path, tmp_path: Path, pr
     run(small_config(shards, tmp_path / "straight", *options), processes)
 
     broken = small_config(shards, tmp_path / "broken", *options, "run.save_every_steps=5")
-    context = get_context("fork")
-    victim = context.Process(target=run, args=(broken, processes))
-    victim.start()
-    while not checkpoint.complete_checkpoints(tmp_path / "broken" / "checkpoints"):
-        assert victim.is_alive()
-        time.sleep(0.02)
-    _kill_tree(victim.pid)
-    victim.join()
+    with pytest.raises(AssertionError, match=r"exit codes of the ranks: \[(-9(, )?)+\]"):
+        in_processes(processes, killed_in_step_seven, broken)
     assert resolve(tmp_path / "broken").name == "step_00000005"
+    assert losses(tmp_path / "broken") != losses(tmp_path / "straight")
 
     run(broken, processes)
     ours, expected = weights(tmp_path / "broken"), weights(tmp_path / "straight")
@@ -77,39 +81,118 @@ def test_killed_and_resumed_is_bitwise_the_same(shards: Path, tmp_path: Path, pr
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
 
 
-def _kill_tree(pid: int | None) -> None:
-    import psutil
+def killed_in_step_seven(config: TrainConfig) -> None:
+    """A run whose every rank gets SIGKILL with its seventh update half made."""
+    made = Trainer.train_phase
 
-    root = psutil.Process(pid)
-    for process in [*root.children(recursive=True), root]:
-        process.send_signal(signal.SIGKILL)
+    def train_phase(self: Trainer, *arguments: Any) -> Any:
+        result = made(self, *arguments)
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    Trainer.train_phase = train_phase  # type: ignore[method-assign]
+    train(config)
 
 
-def test_resume_at_another_world_size_loses_and_repeats_nothing(shards: Path, tmp_path: Path) -> None:
-    """One epoch of 200 samples: 2 steps on two processes, the rest on one; every sample was seen exactly once."""
-    options = ("run.save_every_steps=1", "run.keep_checkpoints=100", "data.tokens_per_pack=256")
-    run(small_config(shards, tmp_path, "run.steps=2", *options), processes=2)
-    run(small_config(shards, tmp_path, "run.steps=25", *options))
+def noting_visits(config: TrainConfig, folder: Path) -> None:
+    """A run that notes every sample it trains on."""
+    made = Trainer.train_step
+
+    def train_step(self: Trainer, pixels: list[PixelBatch]) -> Any:
+        with (folder / f"visits.{os.getpid()}").open("a") as file:
+            for batch in pixels:
+                kept = (v for v, weight in zip(batch.visits, batch.weight_S.tolist(), strict=True) if weight > 0)
+                file.writelines(f"{visit}\n" for visit in kept)
+        return made(self, pixels)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    train(config)
+
+
+def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp_path: Path) -> None:
+    """Two steps on two processes, one on three, the rest of the epoch on one: each of 200 samples is seen once."""
+    options = ("run.save_every_steps=1", "run.keep_checkpoints=100", "data.tokens_per_pack=128")
+    for steps, processes in ((2, 2), (3, 3), (60, 1)):
+        config = small_config(shards, tmp_path, f"run.steps={steps}", *options)
+        in_processes(processes, noting_visits, config, tmp_path)
     records = [checkpoint.read_record(p) for p in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
-    in_first_epoch = [r for r in records if r["position"]["epoch"] == 0]
-    assert any(len(r["position"]["legs"]) == 2 for r in records), "the change of world size fell between windows"
-    samples = [r["samples"] for r in read_metrics(tmp_path / "metrics.jsonl") if "samples" in r]
-    assert len(in_first_epoch) < len(samples)
-    assert sum(samples[: len(in_first_epoch)]) == 200
+    assert max(len(r["position"]["legs"]) for r in records) == 3, "the changes fell between windows"
+    assert records[-1]["position"]["epoch"] >= 1
+    visits = [int(line) for file in tmp_path.glob("visits.*") for line in file.read_text().split()]
+    assert sorted(v for v in visits if v < 200) == list(range(200))
 
 
-def test_a_signal_saves_and_asks_to_be_requeued(shards: Path, tmp_path: Path) -> None:
-    config = small_config(shards, tmp_path, "run.steps=100000")
-    process = get_context("fork").Process(target=train, args=(config,))
+def test_an_unfinished_save_is_neither_taken_nor_kept(shards: Path, tmp_path: Path) -> None:
+    run(small_config(shards, tmp_path, "run.steps=2"))
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / "step_00000003.partial")
+    shutil.copytree(folder / "step_00000002", folder / "step_00000004")
+    (folder / "step_00000004" / "COMPLETE").unlink()
+    assert checkpoint.find_resume("auto", folder) == folder / "step_00000002"
+    run(small_config(shards, tmp_path, "run.steps=4"))
+    assert [p.name for p in sorted(folder.iterdir())] == ["step_00000002", "step_00000004"]
+    assert resolve(tmp_path).name == "step_00000004"
+
+
+def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path: Path) -> None:
+    run(small_config(shards, tmp_path / "first", "run.steps=3", "run.save_every_steps=1"))
+    old = tmp_path / "first" / "checkpoints" / "step_00000002"
+    with pytest.raises(ConfigError, match=r"run\.resume=.*but step_00000003 is newer"):
+        train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={old}"))
+    with pytest.raises(ConfigError, match=r"run\.resume='/nowhere': is not a complete checkpoint"):
+        train(small_config(shards, tmp_path / "first", "run.resume=/nowhere"))
+    branch = small_config(shards, tmp_path / "branch", "run.steps=4", f"run.resume={old}")
+    run(branch)
+    first_steps = [r["step"] for r in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in r]
+    assert first_steps == [3, 4]
+    run(branch)  # as a requeued job would: it goes on with its own checkpoint, which is the last
+    assert [r["step"] for r in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in r] == [3, 4]
+
+
+def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: Path) -> None:
+    run(small_config(shards, tmp_path / "a", "run.steps=2", "run.save_every_steps=1"))
+    start = f"run.resume={tmp_path / 'a' / 'checkpoints' / 'step_00000001'}"
+    run(small_config(shards, tmp_path / "same", "run.steps=2", start))
+    run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, "optimizer.weight_decay=50"))
+    assert largest_difference(weights(tmp_path / "same"), weights(tmp_path / "a")) == 0
+    assert largest_difference(weights(tmp_path / "decayed"), weights(tmp_path / "a")) > 1e-3
+
+
+def test_weights_that_stay_gathered_survive_validation(shards: Path, tmp_path: Path) -> None:
+    """Two ways to train the same: keeping gathered weights may cost memory, never change a number."""
+    validation = (f"data.validation={shards}", "run.validate_every_steps=1", "validation.samples=4")
+    pictures = ("validation.pictures=1", "validation.sampler.steps=1")
+    for name in ("true", "false"):
+        options = ("run.steps=3", "ema.half_life_images=50", f"parallel.reshard_after_forward={name}")
+        run(small_config(shards, tmp_path / name, *options, *validation, *pictures), processes=2)
+    assert largest_difference(weights(tmp_path / "true"), weights(tmp_path / "false")) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_group_saves_and_asks_to_be_requeued(
+    shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """As Ctrl-C, Slurm and torchrun send it: to reader processes too."""
+    config = small_config(shards, tmp_path, "run.steps=100000", "data.workers=2")
+    process = get_context("fork").Process(target=_in_own_group, args=(config,))
     process.start()
     while len(losses(tmp_path)) < 2:
         assert process.is_alive()
         time.sleep(0.05)
-    os.kill(process.pid or 0, signal.SIGTERM)
+    os.killpg(process.pid or 0, number)
     process.join(timeout=60)
-    assert process.exitcode == REQUEUE
+    code = process.exitcode
+    if code is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    assert code == REQUEUE
     saved = resolve(tmp_path)
     assert checkpoint.read_record(saved)["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+def _in_own_group(config: TrainConfig) -> None:
+    os.setpgrp()
+    train(config)
 
 
 def test_checkpoints_explain_themselves_and_old_ones_go(shards: Path, tmp_path: Path) -> None:
@@ -144,3 +227,22 @@ def test_validation_is_deterministic_and_draws(shards: Path, tmp_path: Path) -> 
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert len(set(values[0])) == 2, "the loss must follow the weights"
     assert (tmp_path / "one" / "samples" / "step_00000002.png").stat().st_size > 1000
+
+
+def test_speeds_do_not_count_validation_and_saving(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves of half a second at steps that logging does not share."""
+    saved = Trainer.save
+
+    def slow_save(self: Trainer) -> None:
+        time.sleep(0.5)
+        saved(self)
+
+    monkeypatch.setattr(Trainer, "save", slow_save)
+    options = ("run.steps=8", "run.log_every_steps=4", "run.save_every_steps=3")
+    train(small_config(shards, tmp_path, *options))
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        if "samples" in record:
+            counted_s = record["samples"] / record["speed/samples_per_s"]
+            assert record["seconds"] - counted_s == pytest.approx(0.55, abs=0.3)

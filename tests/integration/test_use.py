@@ -1,5 +1,6 @@
 """What a trained run is for: sampling, exporting, training on from an export, sweeping."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -168,12 +169,28 @@ def test_a_damaged_checkpoint_is_named(trained_run: Path, shards: Path, tmp_path
         train(small_config(shards, tmp_path / "run", "run.steps=40", "ema.half_life_images=100"))
 
 
+def outcome(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+
+
 @pytest.mark.slow
-def test_a_sweep_runs_every_member(shards: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, f"data.train={shards}", "run.steps=2", f"run.dir={tmp_path}/lr_${{optimizer.lr}}"]
-    command = [sys.executable, "-m", "kontext_train.train", "-m", *arguments, "optimizer.lr=1e-4,3e-4"]
-    command = [c for c in command if c != "optimizer.lr=1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
+def test_a_sweep_trains_every_member(shards: Path, tmp_path: Path) -> None:
+    """As installed, from any folder, with nothing said about run.dir."""
+    entry = str(Path(sys.executable).with_name("kontext-train"))
+    options = [*(o for o in SMALL if not o.startswith("optimizer.lr")), f"data.train={shards}", "run.steps=2"]
+    done = outcome([entry, "-m", "optimizer.lr=1e-4,3e-4", *options], tmp_path)
     assert done.returncode == 0, done.stderr
     for lr in ("0.0001", "0.0003"):
-        assert read_metrics(tmp_path / f"lr_{lr}" / "metrics.jsonl")[-1]["step"] == 2
+        member = tmp_path / "outputs" / "run" / f"optimizer.lr={lr}"
+        assert read_metrics(member / "metrics.jsonl")[-1]["step"] == 2
+        assert read_config(member / "checkpoints" / "step_00000002")["optimizer"]["lr"] == float(lr)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_module(shards: Path, tmp_path: Path) -> None:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    options = [*SMALL, f"data.train={shards}", "run.steps=2", "run.dir=out"]
+    done = outcome([*torchrun, "-m", "kontext_train.train", *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "checkpoints" / "step_00000002" / "record.json").read_text())
+    assert record["position"]["legs"] == [[2, 2]]
