@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,8 +38,10 @@ def sweep_member(hydra_config: HydraConf) -> str:
     """
     if hydra_config.mode != RunMode.MULTIRUN or any(a.startswith("run.dir=") and "${" in a for a in sys.argv):
         return ""
-    varied = [o for o in hydra_config.overrides.task if o not in sys.argv]
-    return ",".join(varied).replace("/", "_") or str(hydra_config.job.num)
+    given = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+    swept = {override.key_or_group for override in given if override.is_sweep_override()}
+    varied = [o for o in hydra_config.overrides.task if o.lstrip("+").split("=")[0] in swept]
+    return ",".join(varied).replace("/", "_")
 
 
 def train(config: TrainConfig) -> None:

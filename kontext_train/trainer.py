@@ -37,7 +37,7 @@ class Interrupted(Exception):
 class Window:
     """What happened since the last log step. Tensors stay on the device until then."""
 
-    started: float = field(default_factory=time.perf_counter)
+    started: float
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     samples: int = 0
@@ -82,7 +82,7 @@ class Trainer:
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
     ) -> None:
-        window, peak = Window(), peak_tflops(self.world.device)
+        window, peak = Window(time.perf_counter()), peak_tflops(self.world.device)
         while self.step < self.config.steps:
             asked = time.perf_counter()
             pixels = [next(batches) for _ in range(self.config.microbatches)]
@@ -94,7 +94,7 @@ class Trainer:
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last:
                 log.write(self.step, self.summary(window, peak))
-                window = Window()
+                window = Window(time.perf_counter())
             paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
                 self.validate(validation, log)

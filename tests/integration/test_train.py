@@ -232,17 +232,21 @@ def test_validation_is_deterministic_and_draws(shards: Path, tmp_path: Path) -> 
 def test_speeds_do_not_count_validation_and_saving(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saves of half a second at steps that logging does not share."""
-    saved = Trainer.save
+    """A clock by which an update takes a second and a save a hundred, at steps that logging does not share."""
+    now = [0.0]
 
-    def slow_save(self: Trainer) -> None:
-        time.sleep(0.5)
-        saved(self)
+    def taking(seconds: float, method: Any) -> Any:
+        def timed(self: Trainer, *arguments: Any) -> Any:
+            now[0] += seconds
+            return method(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "save", slow_save)
-    options = ("run.steps=8", "run.log_every_steps=4", "run.save_every_steps=3")
-    train(small_config(shards, tmp_path, *options))
-    for record in read_metrics(tmp_path / "metrics.jsonl"):
-        if "samples" in record:
-            counted_s = record["samples"] / record["speed/samples_per_s"]
-            assert record["seconds"] - counted_s == pytest.approx(0.55, abs=0.3)
+        return timed
+
+    monkeypatch.setattr("kontext_train.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("kontext_train.trainer.peak_tflops", lambda device: 1.0)
+    monkeypatch.setattr(Trainer, "train_phase", taking(1, Trainer.train_phase))
+    monkeypatch.setattr(Trainer, "save", taking(100, Trainer.save))
+    train(small_config(shards, tmp_path, "run.steps=8", "run.log_every_steps=4", "run.save_every_steps=3"))
+    logged = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "samples" in r]
+    assert [r["samples"] / r["speed/samples_per_s"] for r in logged] == pytest.approx([4, 4])
+    assert [r["seconds"] for r in logged] == pytest.approx([104, 104])
