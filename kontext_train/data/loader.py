@@ -60,6 +60,7 @@ def train_batches(
     reader: PackReader,
     config: DataConfig,
     position: Position,
+    *,
     rank: int,
     ranks: int,
     microbatches: int,
