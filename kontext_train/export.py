@@ -7,6 +7,7 @@ from enum import Enum
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kontext_train.errors import ConfigError
 
@@ -55,7 +56,7 @@ def main() -> None:
         config = OmegaConf.to_object(merged)
         assert isinstance(config, ExportConfig)
         export(config)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         print(f"kontext-export: {str(error).splitlines()[0]}. kontext-export --help shows the keys", file=sys.stderr)
         sys.exit(2)
     except ConfigError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig
@@ -49,11 +50,13 @@ class SampleConfig:
         for file in self.context:
             if not Path(file).is_file():
                 raise ConfigError("context", file, "must be an image file", "Check the path")
+        if Path(self.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ConfigError("out", self.out, "must end in .png, .jpg or .webp", "For example out=edited.png")
 
 
 def parse(arguments: list[str]) -> SampleConfig:
     """key=value arguments. Prompts and file names are taken as they are: commas and quotes mean nothing here."""
-    texts: dict[str, list[str]] = {"prompt": [], "context": []}
+    texts: dict[str, list[str]] = {"prompt": [], "context": [], "out": [], "checkpoint": [], "encoders": []}
     options = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -66,11 +69,14 @@ def parse(arguments: list[str]) -> SampleConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SampleConfig), OmegaConf.from_dotlist(options))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         what = str(error).splitlines()[0]
         raise ConfigError("arguments", options, what, "kontext-sample --help shows the keys") from error
     assert isinstance(config, SampleConfig)
     config.prompt, config.context = texts["prompt"], texts["context"]
+    for key in ("out", "checkpoint", "encoders"):
+        if texts[key]:
+            setattr(config, key, texts[key][-1])
     config.check()
     return config
 
@@ -98,9 +104,12 @@ def sample(config: SampleConfig) -> list[Path]:
 
     trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
     side = trained.pixels_per_token
-    contexts = [
-        torch.from_numpy(load_image(file, trained.max_pixels, side)).permute(2, 0, 1) for file in config.context
-    ]
+    contexts = []
+    for name in config.context:
+        try:
+            contexts.append(torch.from_numpy(load_image(name, trained.max_pixels, side)).permute(2, 0, 1))
+        except ValueError as error:
+            raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
     default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
     height = default_height if config.height is None else config.height
     width = default_width if config.width is None else config.width

@@ -34,14 +34,16 @@ def main(composed: DictConfig) -> None:
 def sweep_member(hydra_config: HydraConf) -> str:
     """Folder of one member of a sweep below run.dir, named by what it varies; "" outside of sweeps.
 
-    A run.dir that says for itself what it depends on, such as outputs/lr_${optimizer.lr}, is left as it is.
+    What run.dir says for itself, as outputs/${optimizer.lr} does, is not said again.
     """
-    if hydra_config.mode != RunMode.MULTIRUN or any(a.startswith("run.dir=") and "${" in a for a in sys.argv):
+    if hydra_config.mode != RunMode.MULTIRUN:
         return ""
     given = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
-    swept = {override.key_or_group for override in given if override.is_sweep_override()}
-    varied = [o for o in hydra_config.overrides.task if o.lstrip("+").split("=")[0] in swept]
-    return ",".join(varied).replace("/", "_")
+    said = next((o.input_line or "" for o in given if o.key_or_group == "run.dir"), "")
+    fixed = {o.key_or_group for o in given if not o.is_sweep_override()}
+    varied = {o.lstrip("+").split("=")[0]: o.lstrip("+") for o in hydra_config.overrides.task}
+    named = [v for key, v in varied.items() if key not in fixed | {"run.dir"} and f"${{{key}}}" not in said]
+    return ",".join(named).replace("/", "_")[:200]
 
 
 def train(config: TrainConfig) -> None:
@@ -89,6 +91,7 @@ def train(config: TrainConfig) -> None:
         raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
     record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
     folder = Path(config.run.dir)
+    attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
@@ -104,7 +107,7 @@ def train(config: TrainConfig) -> None:
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device)
         with torch.device("meta"):
-            student = Flux(config.model, attention_function(config.model.attention, world.device))
+            student = Flux(config.model, attention)
         parallelize(student, world.mesh, config.parallel)
         student.to_empty(device=world.device)
         if resume is not None:
@@ -133,6 +136,8 @@ def train(config: TrainConfig) -> None:
         )
         if resume is not None:
             trainer.load(resume)
+            if world.is_main:
+                print(f"kontext-train: going on from {resume}", file=sys.stderr)
         batches = train_batches(
             planner,
             reader,

@@ -82,7 +82,8 @@ class Trainer:
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
     ) -> None:
-        window, peak = Window(time.perf_counter()), peak_tflops(self.world.device)
+        peak = peak_tflops(self.world.device)
+        window = Window(time.perf_counter())
         while self.step < self.config.steps:
             asked = time.perf_counter()
             pixels = [next(batches) for _ in range(self.config.microbatches)]
@@ -92,7 +93,7 @@ class Trainer:
             log.advance()
             stopping = any_rank(stop.name is not None)
             last = self.step == self.config.steps
-            if self.due(self.config.log_every_steps) or last:
+            if self.due(self.config.log_every_steps) or last or stopping:
                 log.write(self.step, self.summary(window, peak))
                 window = Window(time.perf_counter())
             paused = time.perf_counter()
@@ -102,6 +103,7 @@ class Trainer:
                 self.save()
             window.paused += time.perf_counter() - paused
             if stopping and not last:
+                log.write(self.step, {"seconds": time.perf_counter() - window.started})
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
         log.write(self.step, {"seconds": time.perf_counter() - window.started})
 

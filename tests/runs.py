@@ -1,9 +1,11 @@
 """Small real training runs: shards on disk, composed config, one process or several forked ones."""
 
+import gc
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -52,18 +54,25 @@ def run(config: TrainConfig, processes: int = 1) -> None:
 
 def in_processes(processes: int, function: Callable[..., None], *arguments: object) -> None:
     port = _free_port()
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=_as_rank, args=(rank, processes, port, function, arguments)) for rank in range(processes)
-    ]
-    for process in ranks:
-        process.start()
+    ranks = [fork(_as_rank, rank, processes, port, function, arguments) for rank in range(processes)]
     for process in ranks:
         process.join(timeout=240)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
     assert codes == [0] * processes, f"exit codes of the ranks: {codes}"
+
+
+def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A started process. Garbage of this one stays out of its collector: a process group that a child collects waits
+    for threads that only the parent has.
+    """
+    gc.collect()
+    gc.freeze()
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    gc.unfreeze()
+    return process
 
 
 def _as_rank(

@@ -46,7 +46,14 @@ def load_packs(packs: Iterable[Pack], reader: PackReader, config: DataConfig) ->
     options: dict[str, Any] = {"num_workers": config.workers, "worker_init_fn": _leave_signals_to_the_loop}
     if config.workers:
         options["prefetch_factor"] = config.prefetch
-    yield from DataLoader(reader, batch_size=None, sampler=_InOrder(packs), **options)
+    batches = iter(DataLoader(reader, batch_size=None, sampler=_InOrder(packs), **options))
+    workers = getattr(batches, "_workers", [])
+    try:
+        yield from batches
+    finally:
+        del batches  # asks the workers to end and waits some seconds
+        for worker in workers:
+            worker.kill()  # one that hangs in a read would keep this process from ending
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

@@ -102,7 +102,8 @@ def check_budget(sizes: SampleSizes, config: DataConfig) -> None:
 
 def plan_digest(index: ShardIndex, sizes: SampleSizes, config: DataConfig, seed: int) -> str:
     """Names a plan: runs of equal digest see the same samples in the same windows, and may continue each other."""
-    settings = (config.max_pixels, config.tokens_per_pack, config.window_samples)
+    tokens = (int(sizes.target_tokens.sum()), int(sizes.context_tokens.sum()))  # says how many pixels a token has
+    settings = (config.max_pixels, config.tokens_per_pack, config.window_samples, tokens)
     dropouts = (config.prompt_dropout, config.context_dropout)
     return f"{key_of('plan', PLAN_VERSION, index.digest, sizes.txt_tokens, repr((settings, dropouts)), seed):032x}"
 

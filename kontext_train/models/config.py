@@ -90,19 +90,24 @@ class EncodersConfig:
 
     def pixels_per_token(self) -> int:
         """Side of the square of pixels that one token stands for: the autoencoder's factor times the 2 x 2 patch."""
-        return 2 ** len(self._read("vae")["block_out_channels"])
+        return 2 ** len(self._read("vae", "block_out_channels"))
 
     def token_sizes(self) -> dict[str, int]:
         """What a model must take, by its config key: channels of an image token, of a T5 token, of CLIP's vector."""
         return {
-            "in_channels": 4 * self._read("vae")["latent_channels"],
-            "context_in_dim": self._read("text_encoder_2")["d_model"],
-            "vec_in_dim": self._read("text_encoder")["hidden_size"],
+            "in_channels": 4 * self._read("vae", "latent_channels"),
+            "context_in_dim": self._read("text_encoder_2", "d_model"),
+            "vec_in_dim": self._read("text_encoder", "hidden_size"),
         }
 
-    def _read(self, part: str) -> dict[str, Any]:
+    def _read(self, part: str, name: str) -> Any:
         file = Path(self.path, part, "config.json")
         if not file.is_file():
             rule = f"must be a folder in the layout of the released FLUX.1 repositories, but {file} is missing"
             raise ConfigError("encoders.path", self.path, rule, "Give the folder that holds vae/ and text_encoder/")
-        return json.loads(file.read_text())
+        try:
+            return json.loads(file.read_text())[name]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                "encoders.path", self.path, f"has no {name!r} in {file}", "Fetch the folder again"
+            ) from error

@@ -50,8 +50,9 @@ def save(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any],
         partial.rename(final)
         (final / COMPLETE).touch()
         for old in complete_checkpoints(folder)[:-keep]:
-            (old / COMPLETE).unlink()  # first, so that a kill here leaves nothing that looks whole
-            shutil.rmtree(old)
+            gone = old.with_suffix(".partial")  # first, so that a kill here leaves nothing that looks whole
+            old.rename(gone)
+            shutil.rmtree(gone)
     dist.barrier()
     return final
 
@@ -69,12 +70,14 @@ def find_resume(resume: str, folder: Path) -> Path | None:
         raise ConfigError("run.resume", resume, rule, "Use run.resume=auto, or another run.dir")
     if resume in ("auto", "none"):
         return existing[-1] if existing else None
-    read_record(Path(resume), key="run.resume")
     inside = Path(resume).resolve().parent == folder.resolve()
-    if inside and Path(resume).resolve() != existing[-1].resolve():
+    if existing and not inside:
+        return existing[-1]
+    read_record(Path(resume), key="run.resume")
+    if existing and Path(resume).resolve() != existing[-1].resolve():
         rule = f"but {existing[-1].name} is newer and the two would mix"
         raise ConfigError("run.resume", resume, rule, "Remove the newer ones, or use another run.dir")
-    return existing[-1] if existing else Path(resume)
+    return Path(resume)
 
 
 def read_record(path: Path, key: str = "checkpoint") -> dict[str, Any]:

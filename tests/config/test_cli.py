@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from kontext_train.config import check
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
 from kontext_train.sample import main as sample_main
 from kontext_train.sample import parse
-from kontext_train.train import train
+from kontext_train.train import sweep_member, train
 from tests.runs import SMALL, compose_config, small_config
 
 
@@ -117,8 +119,18 @@ def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> Non
 def test_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     prompt = 'make it "bright", a=b: {x} ${y} ???'
-    config = parse(["checkpoint=run", f"prompt={prompt}", "prompt=two", f"context={tmp_path}/a.png", "sampler.steps=3"])
+    config = parse(
+        [
+            "checkpoint=007",
+            "out=[a] #1.png",
+            f"prompt={prompt}",
+            "prompt=two",
+            f"context={tmp_path}/a.png",
+            "sampler.steps=3",
+        ]
+    )
     assert config.prompt == [prompt, "two"]
+    assert (config.checkpoint, config.out) == ("007", "[a] #1.png")
     assert config.sampler.steps == 3
 
 
@@ -132,6 +144,8 @@ def test_prompts_are_taken_as_they_are(tmp_path: Path) -> None:
         (["checkpoint=x", "prompt=x", "seed=abc"], r"could not be converted to Integer"),
         (["checkpoint=x", "help"], r"argument='help': is not key=value"),
         (["checkpoint=x", "prompt=x", "sampler.steps=0"], r"sampler\.steps=0: must be at least 1"),
+        (["checkpoint=x", "prompt=x", "out=edited"], r"out='edited': must end in"),
+        (["checkpoint=x", "prompt=x", "seed=[1"], r"arguments="),
     ],
 )
 def test_sample_refuses_by_key(arguments: list[str], message: str) -> None:
@@ -150,3 +164,23 @@ def test_entries_print_one_line_and_status_2(
         entry()  # type: ignore[operator]
     assert stopped.value.code == 2
     assert "is not a complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["optimizer.lr=1e-4,3e-4", "run.seed=1"], "optimizer.lr=0.0001"),
+        (["optimizer.lr=1e-4,3e-4", "run.seed=1,2", "run.dir=out/${optimizer.lr}"], "run.seed=1"),
+        (["optimizer.lr=1e-4,3e-4", "run.dir=${oc.env:HOME}/x"], "optimizer.lr=0.0001"),
+        (["optimizer.lr=1e-4,3e-4", "run.dir=out/${optimizer.lr}"], ""),
+        (["run.dir=a,b"], ""),
+    ],
+)
+def test_members_of_a_sweep_do_not_share_a_folder(
+    arguments: list[str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {"optimizer.lr": "0.0001", "run.seed": "1", "run.dir": "a"}
+    task = [f"{key}={first[key]}" for key in (a.split("=")[0] for a in arguments)]
+    monkeypatch.setattr(sys, "argv", ["kontext-train", "-m", *arguments])
+    member = OmegaConf.create({"mode": RunMode.MULTIRUN, "overrides": {"task": task}})
+    assert sweep_member(member) == folder  # type: ignore[arg-type]
