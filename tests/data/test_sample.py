@@ -1,5 +1,6 @@
 """A sample read by offset is the sample that was packed, at the size that was planned."""
 
+import gc
 import io
 import json
 import math
@@ -370,6 +371,7 @@ def expect(sample: object, i: int) -> None:
 
 def open_files(folder: Path) -> int:
     """Open descriptors of shards in the folder; others come and go with garbage collection."""
+    gc.collect()
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     return sum(os.path.exists(link) and os.readlink(link).startswith(f"{folder}/") for link in links)
 
