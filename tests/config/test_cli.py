@@ -157,9 +157,8 @@ def test_sample_refuses_by_key(arguments: list[str], message: str) -> None:
 def test_entries_print_one_line_and_status_2(
     entry: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["entry", f"checkpoint={tmp_path}", "prompt=x", "out=x.safetensors"])
-    if entry is export_main:
-        sys.argv.remove("prompt=x")
+    own = ["out=x.safetensors"] if entry is export_main else ["out=x.png", "prompt=x"]
+    monkeypatch.setattr(sys, "argv", ["entry", f"checkpoint={tmp_path}", *own])
     with pytest.raises(SystemExit) as stopped:
         entry()  # type: ignore[operator]
     assert stopped.value.code == 2

@@ -140,7 +140,7 @@ def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path
     with pytest.raises(ConfigError, match=r"run\.resume=.*but step_00000003 is newer"):
         train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={old}"))
     with pytest.raises(ConfigError, match=r"run\.resume='/nowhere': is not a complete checkpoint"):
-        train(small_config(shards, tmp_path / "first", "run.resume=/nowhere"))
+        train(small_config(shards, tmp_path / "new", "run.resume=/nowhere"))
     branch = small_config(shards, tmp_path / "branch", "run.steps=4", f"run.resume={old}")
     run(branch)
     first_steps = [r["step"] for r in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in r]
