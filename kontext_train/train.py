@@ -43,7 +43,8 @@ def sweep_member(hydra_config: HydraConf) -> str:
     fixed = {o.key_or_group for o in given if not o.is_sweep_override()}
     varied = {o.lstrip("+").split("=")[0]: o.lstrip("+") for o in hydra_config.overrides.task}
     named = [v for key, v in varied.items() if key not in fixed | {"run.dir"} and f"${{{key}}}" not in said]
-    return ",".join(named).replace("/", "_")[:200]
+    name = ",".join(named).replace("/", "_")
+    return name if len(name) <= 200 else f"{name[:190]}_{hydra_config.job.num}"  # file systems stop at 255
 
 
 def train(config: TrainConfig) -> None:

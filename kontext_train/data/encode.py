@@ -37,8 +37,7 @@ def load_encoders(config: EncodersConfig, device: torch.device) -> Encoders:
 def encode(batch: PixelBatch, encoders: Encoders, random: VisitRandom) -> PackedBatch:
     """Latents, text tokens and pooled vectors of a batch; posterior noise is keyed by visit like all other noise."""
     noise = random if encoders.sample_latents else None
-    target_visits = batch.visits
-    x_MC = torch.cat(image_tokens(batch.targets, encoders.autoencoder, noise, target_visits, "target"))
+    x_MC = torch.cat(image_tokens(batch.targets, encoders.autoencoder, noise, batch.visits, "target"))
     owners = [v for v, s in zip(batch.visits, batch.layout.shapes, strict=True) for _ in s.contexts]
     places = [i for s in batch.layout.shapes for i in range(len(s.contexts))]
     visits = [(v << 8) + i for v, i in zip(owners, places, strict=True)]  # each context image draws its own noise

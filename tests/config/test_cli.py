@@ -173,13 +173,14 @@ def test_entries_print_one_line_and_status_2(
         (["optimizer.lr=1e-4,3e-4", "run.dir=${oc.env:HOME}/x"], "optimizer.lr=0.0001"),
         (["optimizer.lr=1e-4,3e-4", "run.dir=out/${optimizer.lr}"], ""),
         (["run.dir=a,b"], ""),
+        ([f"data.train={'x' * 300},{'x' * 300}y"], f"data.train={'x' * 179}_7"),
     ],
 )
 def test_members_of_a_sweep_do_not_share_a_folder(
     arguments: list[str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = {"optimizer.lr": "0.0001", "run.seed": "1", "run.dir": "a"}
+    first = {"optimizer.lr": "0.0001", "run.seed": "1", "run.dir": "a", "data.train": "x" * 300}
     task = [f"{key}={first[key]}" for key in (a.split("=")[0] for a in arguments)]
     monkeypatch.setattr(sys, "argv", ["kontext-train", "-m", *arguments])
-    member = OmegaConf.create({"mode": RunMode.MULTIRUN, "overrides": {"task": task}})
+    member = OmegaConf.create({"mode": RunMode.MULTIRUN, "overrides": {"task": task}, "job": {"num": 7}})
     assert sweep_member(member) == folder  # type: ignore[arg-type]
