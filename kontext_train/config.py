@@ -97,6 +97,12 @@ def _plain(value: Any) -> Any:
 def check(config: TrainConfig, world_size: int) -> None:
     """Relations between rooms, and everything outside that a run needs. Raises ConfigError by dotted key."""
     config.parallel.mesh_shape(world_size)
+    if config.model.num_heads % config.parallel.cp:
+        rule = f"must divide model.num_heads={config.model.num_heads}, which the ranks of a sequence share out"
+        raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use a divisor")
+    if config.data.pad_packs and config.data.tokens_per_pack % config.parallel.cp:
+        rule = f"must be a multiple of parallel.cp={config.parallel.cp}, so that all ranks have equal parts"
+        raise ConfigError("data.tokens_per_pack", config.data.tokens_per_pack, rule, "Round it")
     side = config.encoders.pixels_per_token()
     if config.data.max_pixels < side**2:
         rule = f"must hold at least one token of {side} x {side} pixels"

@@ -56,7 +56,8 @@ def train(config: TrainConfig) -> None:
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
     from kontext_train.data.sample import SampleReader
-    from kontext_train.distributed.parallelize import parallelize
+    from kontext_train.distributed.context_parallel import split_sequence, ulysses
+    from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
     from kontext_train.models.attention import attention_function
@@ -83,7 +84,9 @@ def train(config: TrainConfig) -> None:
         sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
         check_budget(sizes, config.data)
         planner = Planner(sizes, config.data, config.run.seed, flops.by_tokens)
-        return index, planner, PackReader(SampleReader(index, config.data.max_pixels, pixels_per_token), sizes)
+        reader = SampleReader(index, config.data.max_pixels, pixels_per_token)
+        pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
+        return index, planner, PackReader(reader, sizes, pad_to)
 
     index, planner, reader = source("data.train", config.data.train)
     held_out = source("data.validation", config.data.validation) if config.data.validation else None
@@ -107,10 +110,15 @@ def train(config: TrainConfig) -> None:
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device)
+        if config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
+            shard(encoders.text, world.mesh, config.parallel)
         with torch.device("meta"):
-            student = Flux(config.model, attention)
-        parallelize(student, world.mesh, config.parallel)
-        student.to_empty(device=world.device)
+            student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
+        if world.cp_group is not None:
+            split_sequence(student, world.cp_group)
+        static_tokens = config.data.tokens_per_pack // world.cp if config.data.pad_packs else None
+        parallelize(student, world.mesh, config.parallel, static_tokens)
+        student.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         if resume is not None:
             pass  # trainer.load fills every parameter, or raises
         elif config.weights.student is not None:
@@ -144,14 +152,15 @@ def train(config: TrainConfig) -> None:
             reader,
             config.data,
             trainer.position,
-            rank=world.rank,
-            ranks=world.size,
+            rank=world.dp_rank,
+            ranks=world.dp_size,
             microbatches=config.run.microbatches,
         )
         validation = None
         if held_out is not None:
             _, its_planner, its_reader = held_out
-            fixed = rank_packs(its_planner.fixed(config.validation.samples, world.size), world.rank, microbatches=1)
+            steps = its_planner.fixed(config.validation.samples, world.dp_size)
+            fixed = rank_packs(steps, world.dp_rank, microbatches=1)
             pictured = its_planner.fixed(config.validation.pictures, 1) if config.validation.pictures else []
             validation = Validation(
                 [its_reader[pack] for pack in fixed],
@@ -162,6 +171,7 @@ def train(config: TrainConfig) -> None:
                 pixels_per_token=pixels_per_token,
                 guidance=config.validation.guidance if config.model.guidance_embed else None,
                 device=world.device,
+                holders=world.cp,
             )
         log = RunLog(folder, config.logging, plain(config), config.run.steps, trainer.step, world.is_main)
         failed = True

@@ -140,7 +140,7 @@ class Trainer:
                 "optimizer.lr, or look at these samples"
             )
         optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
-        return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.size}  # summed over ranks: the norm
+        return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.dp_size}  # summed over packs: the norm
 
     # -- seeing --------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,8 @@ class Trainer:
         seconds = wall - window.paused
         shares = {"tokens": window.tokens, "tflop": window.flops / 1e12, "waited": window.waited}
         local = {k: torch.tensor(v) for k, v in shares.items()}
-        total = sum_over_ranks(window.sums | local, self.world.device)
+        everywhere = sum_over_ranks(window.sums | local, self.world.device)
+        total = {k: v / self.world.cp for k, v in everywhere.items()}  # ranks of one cp group had the same packs
         losses = {k: total[k] / window.steps for k in window.sums}
         return losses | {
             "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
@@ -165,7 +166,7 @@ class Trainer:
             "seconds": wall,
             "speed/samples_per_s": window.samples / seconds,
             "speed/tokens_per_s": total["tokens"] / seconds,
-            "speed/data_wait": total["waited"] / self.world.size / seconds,
+            "speed/data_wait": total["waited"] / self.world.dp_size / seconds,
             "speed/tflops": total["tflop"] / self.world.size / seconds,
             "speed/mfu": total["tflop"] / self.world.size / seconds / peak,
         }

@@ -67,8 +67,11 @@ class PackedBatch:
         return (self.weight_S / lengths_S)[self.layout.sample_of_target_M]
 
 
-def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes) -> PixelBatch:
-    """Read and decode a planned pack. Raises BadSample, which names shard and key."""
+def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int | None = None) -> PixelBatch:
+    """Read and decode a planned pack. Raises BadSample, which names shard and key.
+
+    pad_to: tokens of the sequence with padding; None adds none.
+    """
     raws = [reader.read(int(i)) for i in pack.samples]
     images = [raw.target for raw in raws]
     images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
@@ -78,7 +81,7 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes) -> PixelBatc
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
         pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
         image_hw=[image.shape[:2] for image in images],
-        layout=build_layout(shapes),
+        layout=build_layout(shapes, pad_to),
         visits=pack.visits.tolist(),
         weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
         samples_in_step=pack.samples_in_step,

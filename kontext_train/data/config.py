@@ -11,6 +11,7 @@ class DataConfig:
     validation: str | None = None  # folder of indexed shards; none switches validation off
     max_pixels: int = 1024 * 1024  # larger images are scaled down to this, keeping their aspect ratio
     tokens_per_pack: int = 16_384  # budget of one forward pass on one GPU: text + target + context tokens
+    pad_packs: bool = False  # pad every pack to tokens_per_pack, so that compiled code is specialised for one length
     window_samples: int = 16_384  # samples are packed among this many neighbours of the epoch's permutation
     prompt_dropout: float = 0.1  # share of samples trained with the empty prompt, for classifier-free guidance
     context_dropout: float = 0.0  # share of samples trained without their context images

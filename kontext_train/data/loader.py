@@ -19,11 +19,11 @@ from kontext_train.data.sample import SampleReader
 class PackReader(Dataset[PixelBatch]):
     """Maps a pack to its pixel batch; what a worker process runs."""
 
-    def __init__(self, reader: SampleReader, sizes: SampleSizes) -> None:
-        self.reader, self.sizes = reader, sizes
+    def __init__(self, reader: SampleReader, sizes: SampleSizes, pad_to: int | None = None) -> None:
+        self.reader, self.sizes, self.pad_to = reader, sizes, pad_to
 
     def __getitem__(self, pack: Pack) -> PixelBatch:
-        return read_pack(pack, self.reader, self.sizes)
+        return read_pack(pack, self.reader, self.sizes, self.pad_to)
 
 
 class _InOrder(Sampler[Pack]):

@@ -1,16 +1,16 @@
-"""From a plain module to a sharded one, applied from outside in one order: compile, checkpointing, fully_shard."""
+"""From a plain module to a sharded one, applied from outside in one order: checkpointing, compile, fully_shard."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from kontext_train.distributed.config import Checkpointing, ParallelConfig
+from kontext_train.distributed.activation import check_keep_outputs, checkpointed
+from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
 
 
 class HasBlocks(Protocol):
@@ -19,48 +19,91 @@ class HasBlocks(Protocol):
     def blocks(self) -> Iterator[nn.Module]: ...
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Shard `model` in place over a ("dp_replicate", "dp_shard") mesh. Works on the meta device.
+def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, static_tokens: int | None = None) -> None:
+    """Checkpoint, compile and shard `model` in place over a ("dp_replicate", "dp_shard") mesh; on the meta device too.
 
     Gradients are summed over ranks, not averaged: the loss already carries the global mean (PackedBatch.weight_S).
+    static_tokens: a length that sequences (nearly) always have, for which compiled blocks are specialised; any other
+    length shares one more graph. Raises ConfigError for a parallel.keep_outputs that fits no layer.
     """
     blocks = list(cast(HasBlocks, model).blocks())
+    if config.activation_checkpointing is Checkpointing.selective:
+        check_keep_outputs(blocks, config)
     for block in blocks:
-        block.forward = _block_forward(block.forward, config)
+        forward = checkpointed(block.forward, block, config)
+        block.forward = _compiled(forward, static_tokens) if config.compile else forward
+    shard(model, mesh, config, compute_dtype=config.param_dtype)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: Precision | None = None) -> None:
+    """Only fully_shard, block by block: all that a frozen network needs. compute_dtype: None leaves it as stored."""
+    blocks = list(cast(HasBlocks, model).blocks())
+    dtype = None if compute_dtype is None else getattr(torch, compute_dtype.value)
     policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, config.param_dtype.value),
+        param_dtype=dtype,
         reduce_dtype=getattr(torch, config.reduce_dtype.value),
         cast_forward_inputs=False,  # times and positions stay float32; the model casts what it computes with
     )
-    replicated = mesh["dp_replicate"].size() > 1
-    shard_mesh = mesh if replicated else mesh["dp_shard"]
+    pin_memory = torch.cuda.is_available()
+    offload = CPUOffloadPolicy(pin_memory=pin_memory) if config.cpu_offload else OffloadPolicy()
+    shard_mesh = mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     for part in (*blocks, model):
-        fully_shard(part, mesh=shard_mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other, and it is exact
+        stays = {Reshard.always: False, Reshard.all_but_last: part in (blocks[-1], model), Reshard.never: True}
+        fully_shard(
+            part,
+            mesh=shard_mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=not stays[config.reshard_after_forward],
+        )
+    for sharded in _sharded(model):
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other, and it is exact
+    _prefetch(cast(list[FSDPModule], blocks), config)
 
 
 def reshard(model: nn.Module) -> None:
     """Free gathered weights: without a backward pass after it, a forward may leave them gathered."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for part in _sharded(model):
+        part.reshard()
 
 
-def _block_forward(forward: Callable[..., Any], config: ParallelConfig) -> Callable[..., Any]:
-    """A block's forward, compiled and recomputed as the config says.
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _prefetch(blocks: list[FSDPModule], config: ParallelConfig) -> None:
+    """Gather ahead by name; where a depth is 0, FSDP gathers one block ahead by itself."""
+    for i, block in enumerate(blocks):
+        if config.prefetch_forward:
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + config.prefetch_forward])
+        if config.prefetch_backward:
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - config.prefetch_backward) : i][::-1])
+
+
+def _compiled(forward: Callable[..., Any], static_tokens: int | None) -> Callable[..., Any]:
+    """A block's forward, compiled with symbolic lengths: the split between text and image changes from pack to pack.
 
     The function is compiled, not the module, so that FSDP's hooks stay outside; blocks of one kind share its code and
-    with it one graph.
+    with it one graph. A checkpoint inside of it is compiled with it.
     """
-    if config.compile:
-        # The split between text and image tokens changes from pack to pack: lengths are symbolic from the start.
-        forward = torch.compile(forward, fullgraph=True, dynamic=True)
-    match config.activation_checkpointing:
-        case Checkpointing.none:
-            return forward
-        case Checkpointing.full:
-            return partial(checkpoint, forward, use_reentrant=False)
-    raise AssertionError(config.activation_checkpointing)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+
+    def run(*inputs: Any) -> Any:
+        for tensor in _tensors(inputs):
+            if tensor.shape[0] == static_tokens:
+                torch._dynamo.mark_static(tensor, 0)
+        return compiled(*inputs)
+
+    return compiled if static_tokens is None else run
+
+
+def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
+    """Those in tuples and dataclasses too."""
+    for value in inputs:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+        elif is_dataclass(value):
+            yield from _tensors(getattr(value, f.name) for f in fields(value))

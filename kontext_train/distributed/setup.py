@@ -21,11 +21,22 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh  # ("dp_replicate", "dp_shard")
+    mesh: DeviceMesh  # ("dp_replicate", "dp_shard"): who holds which part of the weights; shards are dp_shard x cp
+    cp_group: dist.ProcessGroup | None  # the ranks that share this one's packed sequences; None where none does
+    cp: int  # how many they are
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Which packs this process reads: the ranks of one cp group read the same."""
+        return self.rank // self.cp
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.cp
 
 
 @contextmanager
@@ -39,8 +50,12 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
     try:
-        shape = config.mesh_shape(dist.get_world_size())
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        replicate, shard, cp = config.mesh_shape(dist.get_world_size())
+        mesh = init_device_mesh(device.type, (replicate, shard * cp), mesh_dim_names=("dp_replicate", "dp_shard"))
+        cp_group = None
+        if cp > 1:
+            by_sequence = init_device_mesh(device.type, (replicate * shard, cp), mesh_dim_names=("dp", "cp"))
+            cp_group = by_sequence["cp"].get_group()
+        yield World(dist.get_rank(), dist.get_world_size(), device, mesh, cp_group, cp)
     finally:
         dist.destroy_process_group()

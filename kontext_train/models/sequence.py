@@ -10,6 +10,7 @@ side, samples of equal length next to each other (so that the CPU attention can 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -52,6 +53,7 @@ class SequenceLayout:
     stream_N: Tensor  # int64: stream = joint[stream_N]
     cu_seqlens: Tensor  # int32 [segments + 1]: segment i of the joint order is cu_seqlens[i]:cu_seqlens[i + 1]
     max_seqlen: int
+    targets: int  # M, the first image tokens
 
     def to(self, device: torch.device | str) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -69,11 +71,43 @@ class SequenceLayout:
     @property
     def target_in_joint_M(self) -> Tensor:
         """Where the target tokens stand in joint order."""
-        return self.stream_N[self.txt_tokens : self.txt_tokens + sum(self.target_lengths)]
+        return self.stream_N[self.txt_tokens : self.txt_tokens + self.targets]
 
     @property
     def sample_of_target_M(self) -> Tensor:
-        return self.sample_of_img_I[: sum(self.target_lengths)]
+        return self.sample_of_img_I[: self.targets]
+
+    def part(self, rank: int, ranks: int) -> "LayoutPart":
+        """Every `ranks`-th token of the joint order, from `rank` on; padding is added until all parts are equal."""
+        tokens = len(self.joint_N)
+        whole = build_layout(self.shapes, pad_to=-(-tokens // ranks) * ranks if tokens % ranks or self.pad else None)
+        joint_n = whole.joint_N[rank::ranks].contiguous()  # the tokens that are ours, in joint order
+        stream_n = joint_n.sort().values  # and in stream order
+        txt_t, img_i = stream_n[stream_n < whole.txt_tokens], stream_n[stream_n >= whole.txt_tokens] - whole.txt_tokens
+        target_m = img_i[img_i < whole.targets]
+        own = replace(
+            whole,
+            sample_of_txt_T=whole.sample_of_txt_T[txt_t],
+            sample_of_img_I=whole.sample_of_img_I[img_i],
+            sample_of_joint_N=whole.sample_of_joint_N[rank::ranks],
+            ids_N3=whole.ids_N3[rank::ranks],
+            joint_N=torch.searchsorted(stream_n, joint_n),
+            stream_N=joint_n.argsort(),
+            targets=len(target_m),
+        )
+        to = partial(torch.Tensor.to, device=self.joint_N.device, non_blocking=True)
+        return LayoutPart(own.to(self.joint_N.device), to(txt_t), to(img_i), to(target_m), whole.pad - self.pad)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPart:
+    """What one of several ranks holds of a packed sequence."""
+
+    layout: SequenceLayout  # of the part's tokens; cu_seqlens and max_seqlen are those of the whole sequence
+    txt_T: Tensor  # int64 rows of the whole text stream
+    img_I: Tensor  # int64 rows of the whole image stream with `added_padding` more tokens at its end
+    target_M: Tensor  # int64 rows of all target tokens
+    added_padding: int
 
 
 def build_layout(shapes: Sequence[SampleShape], pad_to: int | None = None) -> SequenceLayout:
@@ -116,6 +150,7 @@ def build_layout(shapes: Sequence[SampleShape], pad_to: int | None = None) -> Se
         stream_N=torch.from_numpy(np.argsort(joint)),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(segments)]).astype(np.int32)),
         max_seqlen=int(segments.max()),
+        targets=int(target.sum()),
     )
 
 

@@ -1,6 +1,6 @@
 """The frozen text encoders of FLUX.1: T5 gives the tokens, CLIP the pooled vector."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,13 @@ class TextEncoders(nn.Module):
         self.t5_tokens = t5_tokens
         self.clip_tokens = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         self.requires_grad_(False).eval()
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The repeated parts, which can be sharded one by one."""
+        for encoder, name in ((self.t5, "block"), (self.clip, "layers")):  # where they are differs between releases
+            for path, module in encoder.named_modules():
+                if path.split(".")[-1] == name:
+                    yield from module.children()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,13 @@ class Validation:
         pixels_per_token: int,
         guidance: float | None,
         device: torch.device,
+        holders: int,
     ) -> None:
-        """batches: this rank's share of the fixed samples, equally many on every rank. pictured: the same on all."""
+        """batches: this rank's share of the fixed samples, equally many on every rank. pictured: the same on all.
+
+        holders: how many ranks have the same share as this one (context parallel).
+        """
+        self.holders = holders
         self.encoders, self.config, self.shift, self.device = encoders, config, shift, device
         self.pixels_per_token, self.guidance = pixels_per_token, guidance
         self.random = VisitRandom(0, device)
@@ -44,7 +49,7 @@ class Validation:
 
     def _encoded(self, batch: PixelBatch) -> PackedBatch:
         packed = encode(batch, self.encoders, self.random)
-        packed.weight_S = (packed.weight_S > 0).float() / self.config.samples
+        packed.weight_S = (packed.weight_S > 0).float() / self.config.samples / self.holders
         return packed
 
     @torch.no_grad()

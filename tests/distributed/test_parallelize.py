@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,75 +11,112 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision
+from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.context_parallel import split_sequence, ulysses
 from kontext_train.distributed.parallelize import parallelize, reshard
-from kontext_train.distributed.setup import process_group
+from kontext_train.distributed.setup import World, process_group
+from kontext_train.models.attention import cpu_attention
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.weights import assign, initialise
-from tests.models.flux_cases import SHAPES, pack, random_flux, random_sample
+from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_sample
 from tests.runs import in_processes
 
 FLOAT32 = {"param_dtype": Precision.float32}
 
 
-def sharded_copy(reference: Flux, config: ParallelConfig, mesh: Any) -> Flux:
+def sharded_copy(reference: Flux, config: ParallelConfig, world: World, static_tokens: int | None = None) -> Flux:
     """As a run builds it: meta, parallelize, to_empty, fill."""
+    attention = cpu_attention if world.cp_group is None else ulysses(cpu_attention, world.cp_group)
     with torch.device("meta"):
-        model = Flux(reference.config)
-    parallelize(model, mesh, config)
+        model = Flux(reference.config, attention)
+    if world.cp_group is not None:
+        split_sequence(model, world.cp_group)
+    parallelize(model, world.mesh, config, static_tokens)
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         assign(parameter, reference.get_parameter(name))
     return model
 
 
-def gradients(model: Flux, packed: Any) -> dict[str, torch.Tensor]:
-    predict_velocity(model, *packed).float().square().mean().backward()
+def gradients(model: Flux, packed: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    v_MC = predict_velocity(model, *packed)
+    v_MC.float().square().mean().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return {k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in grads.items() if g is not None}
+    return v_MC, {k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in grads.items() if g is not None}
 
 
 def check_against_plain(config: ParallelConfig, tolerance: float) -> None:
     torch.manual_seed(0)
-    reference = random_flux()
+    reference = random_flux(FOUR_HEADS)
     packed = pack([random_sample(s) for s in SHAPES])
-    expected = gradients(reference, packed)
+    expected_v, expected = gradients(reference, packed)
     with process_group(config) as world:
-        model = sharded_copy(reference, config, world.mesh)
+        model = sharded_copy(reference, config, world)
         assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
         assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
-        actual = gradients(model, packed)
+        actual_v, actual = gradients(model, packed)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if config.compile else 0)
+    assert (actual_v - expected_v).norm() / expected_v.norm() <= tolerance
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Every rank saw the same pack and gradients are summed.
-        error = (actual[name] / world.size - gradient).norm() / gradient.norm()
+        # Every data-parallel rank saw the same pack and gradients are summed.
+        error = (actual[name] / world.dp_size - gradient).norm() / gradient.norm()
         assert error <= tolerance, (name, error)
 
 
+FOUR_HEADS = replace(TINY, num_heads=4, axes_dim=[4, 4, 4])
+MESHES = {
+    "one": (1, {}),
+    "fsdp": (2, {}),
+    "hsdp": (4, {"dp_replicate": 2}),
+    "cp": (2, {"cp": 2}),
+    "cp4": (4, {"cp": 4}),
+    "fsdp+cp": (4, {"cp": 2}),
+    "hsdp+cp": (4, {"dp_replicate": 2, "cp": 2}),
+}
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling changes is traced, not generated: inductor's code would take a minute."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: plain(f, backend="aot_eager", **k))
+
+
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointing", list(Checkpointing))
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sharded_gradients_equal_plain(
-    ranks: int, checkpointing: Checkpointing, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if compiled:  # what compiling changes is traced, not generated: inductor's code would take a minute
-        plain = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **k: plain(f, backend="aot_eager", **k))
-    config = ParallelConfig(**FLOAT32, activation_checkpointing=checkpointing, compile=compiled)
+@pytest.mark.parametrize("mesh", ["one", "fsdp", "cp", "hsdp+cp"])
+def test_parallel_gradients_equal_plain(mesh: str, checkpointing: Checkpointing, compiled: bool) -> None:
+    ranks, sizes = MESHES[mesh]
+    config = ParallelConfig(**FLOAT32, **sizes, activation_checkpointing=checkpointing, compile=compiled)
     in_processes(ranks, check_against_plain, config, 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_replicated_and_sharded_gradients_equal_plain(ranks: int) -> None:
-    in_processes(ranks, check_against_plain, ParallelConfig(**FLOAT32, dp_replicate=2), 1e-5)
+@pytest.mark.parametrize("mesh", ["hsdp", "cp4", "fsdp+cp"])
+def test_every_mesh_equals_plain(mesh: str) -> None:
+    ranks, sizes = MESHES[mesh]
+    in_processes(ranks, check_against_plain, ParallelConfig(**FLOAT32, **sizes), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cpu_offload": True},
+        {"prefetch_forward": 2, "prefetch_backward": 2},
+        *({"reshard_after_forward": r} for r in Reshard),
+    ],
+    ids=str,
+)
+def test_memory_and_prefetch_options_change_no_number(options: dict[str, Any]) -> None:
+    in_processes(2, check_against_plain, ParallelConfig(**FLOAT32, **options), 1e-5)
 
 
 def check_reshard() -> None:
-    config = ParallelConfig(reshard_after_forward=False)
+    config = ParallelConfig(reshard_after_forward=Reshard.never)
     with process_group(config) as world:
-        model = sharded_copy(random_flux(), config, world.mesh)
+        model = sharded_copy(random_flux(), config, world)
         with torch.no_grad():
             predict_velocity(model, *pack([random_sample(SHAPES[0])]))
         gathered = [p for p in model.parameters() if not isinstance(p, DTensor)]
@@ -116,7 +154,7 @@ class WireSpy(TorchDispatchMode):
 def check_wire(config: ParallelConfig, gathered: torch.dtype) -> None:
     torch.manual_seed(0)
     with process_group(config) as world:
-        model = sharded_copy(random_flux(), config, world.mesh)
+        model = sharded_copy(random_flux(), config, world)
         with WireSpy() as spy:
             predict_velocity(model, *pack([random_sample(s) for s in SHAPES])).float().square().mean().backward()
     dtypes = {kind: {d for k, d in spy.seen if k == kind} for kind in ("gather", "reduce")}
@@ -133,7 +171,7 @@ def check_initialised() -> None:
     reference = random_flux()
     initialise(reference, reference.config.init, seed=3)
     with process_group(ParallelConfig()) as world:
-        model = sharded_copy(random_flux(), ParallelConfig(), world.mesh)
+        model = sharded_copy(random_flux(), ParallelConfig(), world)
         initialise(model, model.config.init, seed=3)
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)

@@ -163,10 +163,10 @@ def test_weights_that_stay_gathered_survive_validation(shards: Path, tmp_path: P
     """Two ways to train the same: keeping gathered weights may cost memory, never change a number."""
     validation = (f"data.validation={shards}", "run.validate_every_steps=1", "validation.samples=4")
     pictures = ("validation.pictures=1", "validation.sampler.steps=1")
-    for name in ("true", "false"):
+    for name in ("always", "never"):
         options = ("run.steps=3", "ema.half_life_images=50", f"parallel.reshard_after_forward={name}")
         run(small_config(shards, tmp_path / name, *options, *validation, *pictures), processes=2)
-    assert largest_difference(weights(tmp_path / "true"), weights(tmp_path / "false")) == 0
+    assert largest_difference(weights(tmp_path / "always"), weights(tmp_path / "never")) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
