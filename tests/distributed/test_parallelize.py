@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
-from kontext_train.distributed.parallelize import parallelize, reshard
+from kontext_train.distributed.parallelize import parallelize, reshard, shard
 from kontext_train.distributed.setup import World, process_group
 from kontext_train.models.attention import cpu_attention
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.weights import assign, initialise
 from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_sample
-from tests.runs import in_processes
+from tests.runs import ENCODERS, in_processes
 
 FLOAT32 = {"param_dtype": Precision.float32}
 
@@ -137,17 +137,19 @@ def test_bfloat16_is_near_and_not_equal() -> None:
 
 
 class WireSpy(TorchDispatchMode):
-    """dtypes of what collectives move."""
+    """dtypes of what collectives move, and the order of gathers and attentions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[tuple[str, torch.dtype]] = Counter()
+        self.order: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
+        name = func.name()
         if "allgather" in name or "reduce_scatter" in name:
             tensor = next(a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor))
             self.seen[("gather" if "gather" in name else "reduce", tensor.dtype)] += 1
+        self.order += ["gather"] * ("allgather" in name) + ["attention"] * (name == "kontext_train::cpu_attention")
         return func(*args, **(kwargs or {}))
 
 
@@ -164,6 +166,67 @@ def check_wire(config: ParallelConfig, gathered: torch.dtype) -> None:
 @pytest.mark.parametrize("gathered", [Precision.bfloat16, Precision.float32])
 def test_weights_travel_in_param_dtype_and_gradients_in_float32(gathered: Precision) -> None:
     in_processes(2, check_wire, ParallelConfig(param_dtype=gathered), getattr(torch, gathered.value))
+
+
+def check_gathered_ahead(config: ParallelConfig, before_first_block: int) -> None:
+    with process_group(config) as world:
+        model = sharded_copy(random_flux(), config, world)
+        with WireSpy() as spy:
+            predict_velocity(model, *pack([random_sample(s) for s in SHAPES]))
+    assert spy.order[: before_first_block + 1] == ["gather"] * before_first_block + ["attention"]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_prefetch_gathers_so_many_blocks_ahead(depth: int) -> None:
+    """Before the first block computes: the root's weights, its own, and those of `depth` more."""
+    in_processes(2, check_gathered_ahead, ParallelConfig(**FLOAT32, prefetch_forward=depth), 2 + depth)
+
+
+def check_static_and_symbolic_graphs(static_tokens: int | None, graphs: int) -> None:
+    config = ParallelConfig(**FLOAT32, compile=True)
+    with process_group(config) as world:
+        reference = random_flux()
+        model = sharded_copy(reference, config, world, static_tokens)
+        for chosen, pad_to in (
+            ([0, 1, 2], 120),
+            ([2, 2, 1, 0], 120),
+            ([1, 0, 3], 120),
+            ([3, 2], 140),
+            ([1, 2, 0], 150),
+        ):
+            packed = pack([random_sample(SHAPES[i]) for i in chosen], pad_to=pad_to)
+            v_MC = predict_velocity(model, *packed)
+            torch.testing.assert_close(v_MC, predict_velocity(reference, *packed), rtol=1e-4, atol=1e-5)
+            v_MC.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(("static_tokens", "graphs"), [(None, 2), (120, 4)])
+def test_a_padded_length_has_a_graph_of_its_own_and_all_others_share_one(
+    static_tokens: int | None, graphs: int
+) -> None:
+    """For each of the two kinds of block, whatever the samples in a pack and however many blocks there are."""
+    in_processes(1, check_static_and_symbolic_graphs, static_tokens, graphs)
+
+
+def check_text_encoders() -> None:
+    from kontext_train.models.text_encoders import TextEncoders
+
+    plain, sharded = (TextEncoders(ENCODERS, 12, torch.float32) for _ in range(2))
+    prompts = ["paint it red", "", "a blue square"]
+    with process_group(ParallelConfig()) as world:
+        shard(sharded, world.mesh, ParallelConfig())
+        expected, actual = plain(prompts), sharded(prompts)
+        held = sum(p.to_local().numel() for p in sharded.parameters() if isinstance(p, DTensor))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    total = sum(p.numel() for p in plain.parameters())
+    assert held <= 0.52 * total, "every parameter is sharded, up to uneven ends"
+    assert not any(p.requires_grad for p in sharded.parameters())
+
+
+def test_frozen_text_encoders_are_shared_out_and_say_the_same() -> None:
+    in_processes(2, check_text_encoders)
 
 
 def check_initialised() -> None:

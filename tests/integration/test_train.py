@@ -47,8 +47,12 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(shards: Path, straight: Path, tmp_path: Path) -> None:
-    run(small_config(shards, tmp_path, *TEN_STEPS), processes=2)
+@pytest.mark.parametrize("shared", [(), ("parallel=cp", "run.microbatches=2")], ids=["fsdp", "cp"])
+def test_two_processes_equal_one_on_the_same_global_batch(
+    shards: Path, straight: Path, tmp_path: Path, shared: tuple[str, ...]
+) -> None:
+    """Whether they have packs of their own or share each; then losses are reported once and not twice."""
+    run(small_config(shards, tmp_path, *TEN_STEPS, *shared), processes=2)
     assert largest_difference(weights(tmp_path), weights(straight)) <= 1e-5
     assert largest_difference(weights(tmp_path, ema=True), weights(straight, ema=True)) <= 1e-5
     assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-5)
