@@ -16,6 +16,7 @@ from kontext_train.models.layers import (
     LastLayer,
     MLPEmbedder,
     SingleStreamBlock,
+    reorder,
     rope,
     sinusoidal_embedding,
 )
@@ -71,10 +72,11 @@ class Flux(nn.Module):
         angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
         for block in self.double_blocks:
             img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
-        x_ND = torch.cat([txt_TD, img_ID])[layout.joint_N]
+        x_ND = reorder(torch.cat([txt_TD, img_ID]), layout.joint_N, layout.stream_N)
         for block in self.single_blocks:
             x_ND = block(x_ND, vec_SD, angles, layout)
-        return self.final_layer(x_ND[layout.target_in_joint_M], vec_SD, layout.sample_of_target_M)
+        x_MD = x_ND.index_select(0, layout.target_in_joint_M)
+        return self.final_layer(x_MD, vec_SD, layout.sample_of_target_M)
 
 
 def initial_tensor(name: str, shape: torch.Size, config: InitConfig, generator: np.random.Generator) -> Tensor:

@@ -4,6 +4,7 @@ Legend: N tokens in joint order, I image tokens, T text tokens, S samples, D hid
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -72,8 +73,55 @@ class QKNorm(nn.Module):
         return self.query_norm(q_NHC), self.key_norm(k_NHC)
 
 
+class _ToTokens(torch.autograd.Function):
+    """x_SD[owner_N], whose derivative is one matrix product.
+
+    That of indexing adds up rows one at a time; thousands of tokens of few samples are its worst case on any device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, owner_N: Tensor) -> Tensor:
+        ctx.save_for_backward(owner_N)
+        ctx.samples = x_SD.shape[0]
+        return x_SD[owner_N]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (owner_N,) = ctx.saved_tensors
+        samples_S1 = torch.arange(ctx.samples, device=owner_N.device)[:, None]
+        return (samples_S1 == owner_N).to(grads[0].dtype) @ grads[0], None
+
+
+class _Reorder(torch.autograd.Function):
+    """x[order] for a permutation, whose derivative is the inverse permutation and adds nothing up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        return x[order_N]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return grads[0][inverse_N], None, None
+
+
+def to_tokens(x_SD: Tensor, owner_N: Tensor) -> Tensor:
+    """[N, D]: for each token the row of the sample that owns it."""
+    tokens_ND = _ToTokens.apply(x_SD, owner_N)
+    assert isinstance(tokens_ND, Tensor)
+    return tokens_ND
+
+
+def reorder(x: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """x[order_N], where order_N and inverse_N are inverse permutations of the first dimension."""
+    ordered = _Reorder.apply(x, order_N, inverse_N)
+    assert isinstance(ordered, Tensor)
+    return ordered
+
+
 class Modulation(nn.Module):
-    """Shift, scale and gate from a sample's vector, handed to its tokens by index."""
+    """Shift, 1 + scale and gate from a sample's vector, handed to its tokens."""
 
     def __init__(self, dim: int, triples: int) -> None:
         super().__init__()
@@ -81,13 +129,14 @@ class Modulation(nn.Module):
         self.triples = triples
 
     def forward(self, vec_SD: Tensor, sample_of_token: Tensor) -> tuple[Tensor, ...]:
-        """3 * triples tensors [tokens, D]: shift, scale, gate, shift, scale, gate."""
-        return self.lin(nn.functional.silu(vec_SD))[sample_of_token].chunk(3 * self.triples, dim=-1)
+        """3 * triples tensors [tokens, D]: shift, 1 + scale, gate, shift, 1 + scale, gate."""
+        rows = self.lin(nn.functional.silu(vec_SD)).chunk(3 * self.triples, dim=-1)
+        return tuple(to_tokens(1 + x if i % 3 == 1 else x, sample_of_token) for i, x in enumerate(rows))
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm without learned scale or shift: modulation supplies both."""
-    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """scale * layer norm of x + shift."""
+    return torch.addcmul(shift, scale, nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 class SelfAttention(nn.Module):
@@ -132,18 +181,21 @@ class DoubleStreamBlock(nn.Module):
         shift_i1, scale_i1, gate_i1, shift_i2, scale_i2, gate_i2 = self.img_mod(vec_SD, layout.sample_of_img_I)
         shift_t1, scale_t1, gate_t1, shift_t2, scale_t2, gate_t2 = self.txt_mod(vec_SD, layout.sample_of_txt_T)
 
-        img_qkv = self.img_attn.project_qkv((1 + scale_i1) * layer_norm(img_ID) + shift_i1)
-        txt_qkv = self.txt_attn.project_qkv((1 + scale_t1) * layer_norm(txt_TD) + shift_t1)
-        q, k, v = (torch.cat(pair)[layout.joint_N] for pair in zip(txt_qkv, img_qkv, strict=True))
+        img_qkv = self.img_attn.project_qkv(modulated_norm(img_ID, shift_i1, scale_i1))
+        txt_qkv = self.txt_attn.project_qkv(modulated_norm(txt_TD, shift_t1, scale_t1))
+        q, k, v = (
+            reorder(torch.cat(pair), layout.joint_N, layout.stream_N) for pair in zip(txt_qkv, img_qkv, strict=True)
+        )
         attended_NHC = self.attention(
             apply_rope(q, angles), apply_rope(k, angles), v, layout.cu_seqlens, layout.max_seqlen
         )
-        txt_attended, img_attended = attended_NHC.flatten(1)[layout.stream_N].split([len(txt_TD), len(img_ID)])
+        attended_ND = reorder(attended_NHC.flatten(1), layout.stream_N, layout.joint_N)
+        txt_attended, img_attended = attended_ND.split([len(txt_TD), len(img_ID)])
 
-        img_ID = img_ID + gate_i1 * self.img_attn.proj(img_attended)
-        img_ID = img_ID + gate_i2 * self.img_mlp((1 + scale_i2) * layer_norm(img_ID) + shift_i2)
-        txt_TD = txt_TD + gate_t1 * self.txt_attn.proj(txt_attended)
-        txt_TD = txt_TD + gate_t2 * self.txt_mlp((1 + scale_t2) * layer_norm(txt_TD) + shift_t2)
+        img_ID = torch.addcmul(img_ID, gate_i1, self.img_attn.proj(img_attended))
+        img_ID = torch.addcmul(img_ID, gate_i2, self.img_mlp(modulated_norm(img_ID, shift_i2, scale_i2)))
+        txt_TD = torch.addcmul(txt_TD, gate_t1, self.txt_attn.proj(txt_attended))
+        txt_TD = torch.addcmul(txt_TD, gate_t2, self.txt_mlp(modulated_norm(txt_TD, shift_t2, scale_t2)))
         return img_ID, txt_TD
 
 
@@ -162,14 +214,14 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x_ND: Tensor, vec_SD: Tensor, angles: Rope, layout: SequenceLayout) -> Tensor:
         shift, scale, gate = self.modulation(vec_SD, layout.sample_of_joint_N)
-        qkv, mlp = self.linear1((1 + scale) * layer_norm(x_ND) + shift).split(self.splits, dim=-1)
+        qkv, mlp = self.linear1(modulated_norm(x_ND, shift, scale)).split(self.splits, dim=-1)
         q, k, v = rearrange(qkv, "n (three h c) -> three n h c", three=3, h=self.num_heads)
         q, k = self.norm(q, k)
         attended_NHC = self.attention(
             apply_rope(q, angles), apply_rope(k, angles), v, layout.cu_seqlens, layout.max_seqlen
         )
         hidden = torch.cat([attended_NHC.flatten(1), nn.functional.gelu(mlp, approximate="tanh")], dim=-1)
-        return x_ND + gate * self.linear2(hidden)
+        return torch.addcmul(x_ND, gate, self.linear2(hidden))
 
 
 class LastLayer(nn.Module):
@@ -179,5 +231,6 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
 
     def forward(self, x_MD: Tensor, vec_SD: Tensor, sample_of_target_M: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec_SD)[sample_of_target_M].chunk(2, dim=-1)
-        return self.linear((1 + scale) * layer_norm(x_MD) + shift)
+        shift, scale = self.adaLN_modulation(vec_SD).chunk(2, dim=-1)
+        shift_MD, scale_MD = to_tokens(shift, sample_of_target_M), to_tokens(1 + scale, sample_of_target_M)
+        return self.linear(modulated_norm(x_MD, shift_MD, scale_MD))
