@@ -65,6 +65,10 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("data.prompt_dropout=1.5", r"data\.prompt_dropout=1\.5: is a probability"),
         ("parallel.dp_shard=0", r"parallel\.dp_shard=0"),
         ("parallel.timeout_s=0", r"parallel\.timeout_s=0"),
+        ("parallel.float8_emulate=true", r"parallel\.float8_emulate=True: emulates parallel\.float8, which is none"),
+        ("optimizer={name: muon, moments: int8}", r"optimizer\.moments='int8': is for AdamW"),
+        ("parallel={float8: tensorwise, cpu_offload: true}", r"parallel\.float8='tensorwise': needs its scales where"),
+        ("parallel.float8_min_features=0", r"parallel\.float8_min_features=0: must be at least 1"),
         ("optimizer.lr=nan", r"optimizer\.lr=nan"),
         ("optimizer.betas=[0.9,1.5]", r"optimizer\.betas=.*1\.5.*must be at least 0 and below 1"),
         ("schedule.final_factor=-3", r"schedule\.final_factor=-3"),
@@ -85,6 +89,16 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
         ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
         ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
+        (
+            "parallel.master_dtype=bfloat16",
+            1,
+            r"parallel\.master_dtype='bfloat16': rounds to nearest, .*stochastic_rounding=true",
+        ),
+        (
+            "optimizer.stochastic_rounding=true",
+            1,
+            r"optimizer\.stochastic_rounding=True: is of weights kept in bfloat16",
+        ),
         ("parallel.dp_replicate=3", 4, r"dp_replicate, dp_shard=\(3, -1\): .* must be the number of processes, 4"),
         ("parallel.dp_shard=2", 4, r"dp_replicate, dp_shard=\(1, 2\): .* must be the number of processes, 4"),
     ],
@@ -92,6 +106,12 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
 def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, world: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(small_config(shards, tmp_path, override), world)
+
+
+def test_int8_moments_are_not_kept_in_host_memory(shards: Path, tmp_path: Path) -> None:
+    config = small_config(shards, tmp_path, "optimizer.moments=int8", "parallel.cpu_offload=true")
+    with pytest.raises(ConfigError, match=r"optimizer\.moments='int8': saves GPU memory"):
+        check(config, 1)
 
 
 def test_what_only_the_shards_know_is_refused_by_key(
