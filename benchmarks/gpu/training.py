@@ -114,7 +114,7 @@ def _ours(
     backend = usable_backend(AttentionBackend.auto, setting.device, setting.dtype, config.head_dim)
     with torch.device("meta"):
         model = Flux(config, attention_function(backend))
-    parallelize(model, world.mesh, parallel)
+    parallelize(model, world.mesh, parallel, static_tokens=setting.triplet.tokens)
     model.to_empty(device=setting.device)
     _fill(model)
     turn = PhaseOptimizer(model, options(OptimizerConfig, **optimizer), seed=0) if optimizer is not None else None

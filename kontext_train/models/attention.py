@@ -21,17 +21,6 @@ from kontext_train.models.config import AttentionBackend
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
-# What selective activation checkpointing keeps: recomputing attention costs more than anything else in a block.
-ATTENTION_OPS = (
-    ops.flash_attention_4,
-    ops.flash_attention_3,
-    ops.flash_attention_2,
-    ops.torch_varlen,
-    ops.cudnn_attention,
-    ops.sdpa_attention,
-    ops.cpu_attention,
-)
-
 # What auto tries on a GPU, fastest first. FlashAttention-3 was written for Hopper, FlashAttention-4 for Blackwell (and
 # runs on Hopper); torch's own is FlashAttention-2, so flash_attention_2 never comes before it; sdpa is what float32
 # and old cards get. cudnn is left out although its kernels are fast: it reads the segments' lengths back to the host

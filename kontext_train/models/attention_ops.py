@@ -1,5 +1,5 @@
 """The operators behind attention.py. Each is opaque and differentiable, so that a compiled block has no graph break,
-one graph serves every packing, and selective checkpointing can keep its output by name.
+one graph serves every packing, and selective checkpointing knows it by the word attention in its name.
 
 A backend is a pair of functions: forward(packed) -> (out, lse) and backward(packed, grad, out, lse) -> (dq, dk, dv).
 lse, the logarithm of each softmax's denominator, has whatever shape the backend's own backward wants. Nothing here
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn  # noqa: F401  registers torch_attn::_varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -285,7 +284,6 @@ def _cpu_kernel_backward(
 flash_attention_4 = _operator("flash_attention_4", _flash_4_forward, _flash_4_backward, _head_by_token)
 flash_attention_3 = _operator("flash_attention_3", _flash_3_forward, _flash_3_backward, _head_by_token)
 flash_attention_2 = _operator("flash_attention_2", _flash_2_forward, _flash_2_backward, _head_by_token)
-torch_varlen = torch.ops.torch_attn._varlen_attn.default
 sdpa_attention = _operator("sdpa_attention", _sdpa_forward, _sdpa_backward, _flat)
 cudnn_attention = _operator("cudnn_attention", *_by_runs(_cudnn_kernel, _cudnn_kernel_backward), _token_by_head)
 cpu_attention = _operator(

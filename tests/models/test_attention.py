@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from kontext_train.distributed.activation import checkpointed
+from kontext_train.distributed.config import Checkpointing, ParallelConfig
 from kontext_train.errors import ConfigError
-from kontext_train.models.attention import ATTENTION_OPS, attention_function, usable_backend
+from kontext_train.models.attention import attention_function, usable_backend
 from kontext_train.models.config import AttentionBackend
 from tests.models.attention_cases import PACKINGS, cu_seqlens, errors, random_qkv
 from tests.models.attention_standins import installed
 
+OPERATORS = {
+    AttentionBackend.cpu: "kontext_train::cpu_attention",
+    AttentionBackend.cudnn: "kontext_train::cudnn_attention",
+    AttentionBackend.sdpa: "kontext_train::sdpa_attention",
+    AttentionBackend.torch_varlen: "torch_attn::_varlen_attn",
+}
 BACKENDS = [b for b in AttentionBackend if b is not AttentionBackend.auto]
 TOLERANCE = 1e-5
 HOPPER, BLACKWELL, AMPERE, TURING = (9, 0), (10, 0), (8, 0), (7, 5)
@@ -74,9 +81,8 @@ def test_one_graph_serves_every_packing(backend: AttentionBackend) -> None:
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b is not AttentionBackend.torch_varlen])
 def test_operators_are_what_torch_expects(backend: AttentionBackend) -> None:
     """Schema, fake implementation and autograd registration, by torch's own checker. torch_varlen is torch's."""
-    name = {AttentionBackend.cpu: "cpu_attention", AttentionBackend.cudnn: "cudnn_attention"}
-    name |= {AttentionBackend.sdpa: "sdpa_attention"}
-    operator = getattr(torch.ops.kontext_train, name.get(backend, backend.value)).default
+    name = OPERATORS.get(backend, f"kontext_train::{backend.value}").removeprefix("kontext_train::")
+    operator = getattr(torch.ops.kontext_train, name).default
     qkv = [x.requires_grad_() for x in random_qkv(33, 3, 8, torch.float32)]
     torch.library.opcheck(operator, (*qkv, cu_seqlens([12, 12, 9]), 12))
 
@@ -86,29 +92,30 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count: Counter[Any] = Counter()
+        self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func] += 1
+        self.count[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("selective", [True, False])
-def test_selective_checkpointing_keeps_attention(backend: AttentionBackend, selective: bool) -> None:
-    """Without the list, as a control, attention runs again in the backward pass."""
+@pytest.mark.parametrize(("policy", "runs"), [("selective", 1), ("full", 2)])
+def test_selective_checkpointing_keeps_attention(backend: AttentionBackend, policy: str, runs: int) -> None:
+    """Under full checkpointing, as a control, attention runs again in the backward pass."""
     function = attention_function(backend)
     q, k, v = (x.requires_grad_() for x in random_qkv(33, 3, 8, torch.float32))
     bounds = cu_seqlens([12, 12, 9])
 
-    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return function(q * 2, k, v, bounds, 12).sin()
 
-    keep = {"context_fn": lambda: create_selective_checkpoint_contexts(list(ATTENTION_OPS))} if selective else {}
+    config = ParallelConfig(activation_checkpointing=Checkpointing(policy), keep_outputs=["attention"])
     with Calls() as calls:
-        checkpoint(block, q, k, v, use_reentrant=False, **keep).sum().backward()
-    assert sum(calls.count[op] for op in ATTENTION_OPS) == (1 if selective else 2)
+        checkpointed(forward, nn.Module(), config)(q, k, v).sum().backward()
+    operator = OPERATORS.get(backend, f"kontext_train::{backend.value}")
+    assert calls.count[operator] == runs
 
 
 @pytest.mark.usefixtures("kernels")
