@@ -78,9 +78,7 @@ def run_whole(setting: Setting) -> None:
             ("step, 8-bit AdamW, full checkpointing", 100, bf16 | {"activation_checkpointing": "full"}, step8),
         ):
             build = partial(_fitting, needs_gib, setting, partial(_ours, config, world, setting, optimizer, **chosen))
-            _race(
-                "whole 12B", {f"ours, {name}": build}, config, setting, depth=[config.depth, config.depth_single_blocks]
-            )
+            _race("whole 12B", {f"ours, {name}": build}, config, setting)
 
 
 def _race(section: str, builders: Mapping[str, Callable[[], Step]], config: FluxConfig, setting: Setting) -> None:
