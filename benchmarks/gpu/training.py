@@ -74,8 +74,8 @@ def run_whole(setting: Setting) -> None:
     with process_group(ParallelConfig()) as world:
         for name, needs_gib, chosen, optimizer in (
             ("forward + backward, full checkpointing", 70, bf16 | {"activation_checkpointing": "full"}, None),
-            ("forward + backward, selective", 100, bf16 | {"activation_checkpointing": "selective"}, None),
             ("step, 8-bit AdamW, full checkpointing", 100, bf16 | {"activation_checkpointing": "full"}, step8),
+            ("forward + backward, selective", 100, bf16 | {"activation_checkpointing": "selective"}, None),
         ):
             build = partial(_fitting, needs_gib, setting, partial(_ours, config, world, setting, optimizer, **chosen))
             _race("whole 12B", {f"ours, {name}": build}, config, setting)

@@ -50,11 +50,12 @@ def test_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(r["derived"] for r in rows if "ms" in r)
 
 
+@pytest.mark.slow
 def test_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["name"] for r in rows_of("whole", monkeypatch)] == [
         "ours, forward + backward, full checkpointing",
-        "ours, forward + backward, selective",
         "ours, step, 8-bit AdamW, full checkpointing",
+        "ours, forward + backward, selective",
     ]
 
 
