@@ -4,6 +4,7 @@ The CPU backend runs as it is; the GPU backends run on stand-ins for their kerne
 model and the kernel is executed. tests/gpu/test_attention.py runs the kernels.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,12 @@ HOPPER, BLACKWELL, AMPERE, TURING = (9, 0), (10, 0), (8, 0), (7, 5)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with installed(monkeypatch):
         yield
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("flash_attn.cute.interface", "flash_attn.flash_attn_interface", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
 
 
 def on_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -150,6 +157,7 @@ def test_auto_with_everything_installed(
     assert usable_backend(AttentionBackend.auto, "cuda", dtype, 128).value == expected
 
 
+@pytest.mark.usefixtures("nothing_installed")
 def test_auto_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     on_card(monkeypatch, HOPPER)
     assert usable_backend(AttentionBackend.auto, "cuda", torch.bfloat16, 128) is AttentionBackend.torch_varlen
@@ -158,6 +166,7 @@ def test_auto_with_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         usable_backend(AttentionBackend.auto, "cuda", torch.bfloat16, 12)
 
 
+@pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "head_dim", "capability", "message"),
     [
