@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
-    from kontext_train.models.attention import attention_function
+    from kontext_train.models.attention import attention_function, usable_backend
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
     from kontext_train.models.weights import initialise, load
@@ -96,8 +96,14 @@ def train(config: TrainConfig) -> None:
         raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
     record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
     folder = Path(config.run.dir)
-    attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     check_hardware(config.parallel)
+    backend = usable_backend(
+        config.model.attention,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        getattr(torch, config.parallel.param_dtype.value),
+        config.model.head_dim,
+    )
+    attention = attention_function(backend)
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
@@ -109,6 +115,7 @@ def train(config: TrainConfig) -> None:
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device)
