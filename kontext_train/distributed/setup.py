@@ -48,7 +48,7 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
         torch.cuda.set_device(device)
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.collective_timeout_s), **alone)
     try:
         replicate, shard, cp = config.mesh_shape(dist.get_world_size())
         mesh = init_device_mesh(device.type, (replicate, shard * cp), mesh_dim_names=("dp_replicate", "dp_shard"))
