@@ -53,7 +53,9 @@ def silent(beats: dict[int, Beat], missed: dict[int, int], failed: bool, beat_s:
         f"no sign of life for {missed[ranks[0]] * beat_s:.3g} s. The process was killed (by the kernel if the host ran "
         "out of memory: see dmesg), crashed (see its own output) or froze, or its machine is gone"
     )
-    return Verdict(ranks, f"{_named(ranks, beats)}: {reason}")
+    alive = [rank for rank in beats if rank not in ranks]
+    first = max(alive, key=lambda rank: beats[rank].moves)
+    return Verdict(ranks, f"{_named(ranks, beats)}: {reason}. {_named([first], beats)}, is alive")
 
 
 def judge(beats: dict[int, Beat], missed: dict[int, int], beat_s: float, timeout_s: float) -> Verdict | None:
@@ -66,14 +68,14 @@ def judge(beats: dict[int, Beat], missed: dict[int, int], beat_s: float, timeout
 def _behind(beats: dict[int, Beat], beat_s: float, timeout_s: float) -> Verdict | None:
     here = {rank: beat for rank, beat in beats.items() if not beat.left}
     last = min((beat.moves for beat in here.values()), default=0)
-    stuck = {rank: beat for rank, beat in here.items() if beat.stood * beat_s >= timeout_s}
+    stuck = {rank: beat for rank, beat in here.items() if beat.stood * beat_s > timeout_s}
     ranks = [rank for rank, beat in stuck.items() if beat.moves == last]
     waiting = [rank for rank, beat in stuck.items() if beat.moves > last]
     if not ranks or not waiting:
         return None
     reason = (
         f"has not moved for {beats[ranks[0]].stood * beat_s:.3g} s (parallel.timeout_s={timeout_s:g}) while "
-        f"{_named(waiting, beats)} waits. The stack of rank {ranks[0]} is in its own output"
+        f"{_named(waiting[:1], beats)}, waits ({len(waiting)} in all). The stack of rank {ranks[0]} is in its output"
     )
     return Verdict(ranks, f"{_named(ranks, beats)}: {reason}")
 

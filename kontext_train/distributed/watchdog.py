@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -35,6 +35,7 @@ from kontext_train.distributed.reduce import any_rank, from_main
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.verdict import PATIENT, QUICK, Beat, Verdict, judge, silent
 
+TICKS = 10  # in a beat: a place is told within one of them, so that a rank that dies soon after is known there
 T = TypeVar("T")
 
 
@@ -93,14 +94,14 @@ class Watch:
         """Tell the other ranks. Returns with a note added to the error, or the thread ends this process."""
         _, step, phase = self.here
         where = f"rank {self.world.rank}, step {step}, phase {phase}"
-        reason = _out_of_memory(self.world.device) if _is_out_of_memory(error) else ""
+        reason = f". {_out_of_memory(self.world.device)}" if _is_out_of_memory(error) else ""
         if self.world.size > 1 and not reason and _from_a_collective(error):
             self.failed = _first_line(error)
             self.wake.set()
             self.thread.join()  # ends this process with the reason
-        error.add_note(f"kontext-train: {where}{': ' + reason if reason else ''}")
+        error.add_note(f"kontext-train: {where}{reason}")
         if self.world.size > 1:
-            self.verdict = Verdict([self.world.rank], f"{where}: {_first_line(error)}{'. ' + reason if reason else ''}")
+            self.verdict = Verdict([self.world.rank], f"{where}: {_first_line(error)}{reason}")
             self.wake.set()
             self.told.wait(PATIENT * self.beat_s)
 
@@ -116,23 +117,43 @@ class Watch:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        try:
+            verdict = self._until_verdict()
+        except (RuntimeError, TimeoutError) as error:
+            if self.leaving:
+                return  # rank 0 did not wait for this one
+            self._say(self._store_gone(error))
+        else:
+            if verdict is None:
+                return  # every rank is done
+            if self.verdict is None:
+                self._say(verdict)
+            with suppress(RuntimeError, TimeoutError):  # the store may go with rank 0
+                self._let_others_read(verdict)
+        if self.verdict is not None:
+            self.told.set()
+            time.sleep(PATIENT * self.beat_s)  # the main thread has an error of its own, and should have ended by now
+        os._exit(1)
+
+    def _until_verdict(self) -> Verdict | None:
         while True:
-            self.wake.wait(self.beat_s)
-            self.wake.clear()
-            try:
-                verdict = self._beat()
-            except (RuntimeError, TimeoutError) as error:
-                if self.leaving:
-                    return  # rank 0 did not wait for this one
-                verdict = self._store_gone(error)
+            self._wait_a_beat()
+            verdict = self._beat()
             if verdict is not None:
-                self._end(verdict)
-            elif self.own.left and self._others_left():
-                return
+                return verdict
+            if self.own.left and (not self.world.is_main or self._others_left()):
+                return None
+
+    def _wait_a_beat(self) -> None:
+        for _ in range(TICKS):
+            if self.wake.wait(self.beat_s / TICKS):
+                break
+            if self.here[0] != self.own.moves:
+                self._within_patience(self._tell)
+        self.wake.clear()
 
     def _beat(self) -> Verdict | None:
         """Tell and read once; the verdict, if there is one now."""
-        self._note_own()
         answer, beats = self._within_patience(self._exchange)
         for rank, beat in beats.items():
             self.missed[rank] = self.missed[rank] + 1 if beat.number == self.beats[rank].number else 0
@@ -143,24 +164,25 @@ class Watch:
         if found is None and self.world.is_main:
             found = judge(self.beats, self.missed, self.beat_s, self.timeout_s)
         elif found is None:
-            found = silent(self.beats, self.missed, bool(self.failed), self.beat_s)
+            both = {self.world.rank: self.own, 0: self.beats[0]}
+            found = silent(both, {self.world.rank: 0, 0: self.missed[0]}, bool(self.failed), self.beat_s)
         return self._within_patience(self._publish, found) if found is not None else None
 
-    def _note_own(self) -> None:
+    def _tell(self) -> None:
         moves, step, phase = self.here
         failed_now = bool(self.failed) != bool(self.own.failed)
         stood = 0 if moves != self.own.moves or failed_now else self.own.stood + 1
-        line, left = self._line(), self.leaving
-        self.own = Beat(self.own.number + 1, moves, step, phase, stood, line, self.failed, left)
+        self.own = Beat(self.own.number + 1, moves, step, phase, stood, self._line(), self.failed, self.leaving)
+        self.store.set(f"beat/{self.world.rank}", json.dumps(asdict(self.own)))
 
     def _line(self) -> str:
         frame = sys._current_frames().get(self.main)
-        if frame is None:
+        if frame is None or self.failed:  # it waits for the verdict
             return ""
         return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
 
     def _exchange(self) -> tuple[Verdict | None, dict[int, Beat]]:
-        self.store.set(f"beat/{self.world.rank}", json.dumps(asdict(self.own)))
+        self._tell()
         verdict, *beats = self.store.multi_get(["verdict", *(f"beat/{rank}" for rank in self.beats)])
         read = {rank: Beat(**json.loads(beat)) for rank, beat in zip(self.beats, beats, strict=True)}
         return (Verdict(**json.loads(verdict)) if verdict else None), read
@@ -177,40 +199,31 @@ class Watch:
         raise TimeoutError("it does not answer")
 
     def _others_left(self) -> bool:
-        """Asked of rank 0; the others wait for nobody."""
-        return not self.world.is_main or all(beat.left for rank, beat in self.beats.items() if rank != 0)
+        return all(beat.left for rank, beat in self.beats.items() if rank != self.world.rank)
+
+    def _let_others_read(self, verdict: Verdict) -> None:
+        """The one to blame ends first, so that torchrun names it. The host of the store ends last."""
+        hosts = self.world.is_main and not self.store_is_torchruns
+        self.leaving = True  # tells the host that this rank has read
+        for _ in range(QUICK if hosts else 1):
+            _, self.beats = self._within_patience(self._exchange)
+            if (hosts and self._others_left()) or (not hosts and self.world.rank in verdict.ranks):
+                return
+            time.sleep(self.beat_s)
 
     def _store_gone(self, error: Exception) -> Verdict:
         host = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if self.store_is_torchruns:
-            return Verdict([], f"the store that torchrun keeps at {host} is gone, and its agent with it: {error}")
-        return Verdict(
-            [0], f"rank 0, {self.beats[0].place()}: its process, with the store of all ranks at {host}, is gone"
-        )
+            return Verdict([], f"The store that torchrun keeps at {host} is gone or frozen: {_first_line(error)}")
+        gone = f"its process, which keeps the store of all ranks at {host}, is gone or frozen"
+        return Verdict([0], f"rank 0, {self.beats[0].place()}: {gone}. This rank is at {self.own.place()}")
 
-    def _end(self, verdict: Verdict) -> NoReturn:
-        """End this process, unless the main thread does so with an error of its own."""
-        blamed, hosts = self.world.rank in verdict.ranks, self.world.is_main and not self.store_is_torchruns
-        if self.verdict is None:
-            self._say(verdict, with_stack=blamed)
-        self.leaving = True
-        # The one to blame ends first, so that torchrun names it; but the store's host stays until all have read.
-        for _ in range(QUICK if hosts else 0 if blamed else 1):
-            with suppress(RuntimeError, TimeoutError):
-                self._note_own()
-                _, self.beats = self._within_patience(self._exchange)
-            if hosts and self._others_left():
-                break
-            time.sleep(self.beat_s)
-        if self.verdict is not None:
-            self.told.set()
-            time.sleep(PATIENT * self.beat_s)  # it should have ended
-        os._exit(1)
-
-    def _say(self, verdict: Verdict, with_stack: bool) -> None:
-        frame = sys._current_frames().get(self.main) if with_stack else None
-        stack = f"rank {self.world.rank} is here:\n{''.join(traceback.format_stack(frame))}" if frame else ""
-        sys.stderr.write(f"\n{stack}kontext-train: rank {self.world.rank} ends, because of {verdict.text}\n")
+    def _say(self, verdict: Verdict) -> None:
+        stack = ""
+        if self.world.rank in verdict.ranks:
+            frames = traceback.format_stack(sys._current_frames().get(self.main), limit=30)
+            stack = f"The main thread of rank {self.world.rank} is here:\n{''.join(frames)}"
+        sys.stderr.write(f"\n{stack}kontext-train: {verdict.text}. So rank {self.world.rank} ends\n")
         sys.stderr.flush()
 
 
@@ -251,4 +264,5 @@ def _out_of_memory(device: torch.device) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

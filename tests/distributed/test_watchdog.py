@@ -21,13 +21,13 @@ TIMEOUT_S = 8  # a heartbeat is 0.4 s
 
 
 def outputs(folder: Path, processes: int, function: Callable[..., None], *arguments: object) -> list[tuple[Any, str]]:
-    """(exit code, stderr) of each rank; None as the code of one that did not end, as a stopped one cannot."""
+    """(exit code, stderr) of each rank. A code of None: the last of all that did not end, as a stopped one cannot."""
     ranks = start(processes, _written_to, folder, function, *arguments)
     deadline = time.monotonic() + 60
     while sum(process.is_alive() for process in ranks) > 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in ranks:
-        process.join(timeout=2 * TIMEOUT_S)
+        process.join(timeout=1)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
@@ -72,6 +72,7 @@ def loop(breaking: Callable[[], None], broken_rank: int, steps: int = 50) -> Non
         for step in range(steps):
             watch.at(step, "data")
             if step == 3 and world.rank == broken_rank:
+                time.sleep(0.5)  # that a heartbeat tells of this place
                 breaking()
             watch.at(step, "update")
             dist.all_reduce(torch.ones(8))
@@ -84,8 +85,16 @@ def loop(breaking: Callable[[], None], broken_rank: int, steps: int = 50) -> Non
         (kill, 0, r"rank 0, step 3, phase data \(.*\): its process, with the store .* is gone"),
         (freeze, 1, "rank 1, step 3, phase data (.*): no sign of life for 4.8 s"),
         (freeze, 0, "rank 0, step 3, phase data (.*): its process, with the store of all ranks .* is gone"),
-        (hang, 1, "rank 1, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 0, step 3, phase update"),
-        (hang, 0, "rank 0, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 1, step 3, phase update"),
+        (
+            hang,
+            1,
+            "rank 1, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 0, step 3, phase update",
+        ),
+        (
+            hang,
+            0,
+            "rank 0, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 1, step 3, phase update",
+        ),
         (wrong, 1, "rank 1, step 3, phase data: KeyError: 'no such tensor'"),
         (wrong, 0, "rank 0, step 3, phase data: KeyError: 'no such tensor'"),
         (out_of_memory, 1, "rank 1, step 3, phase data: OutOfMemoryError: .* Out of memory: .* GiB peak"),
