@@ -17,8 +17,8 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import CompilationMetrics, get_compilation_metrics
 
 REMEDY = (
-    "Keep what a block is given constant (shapes: data.tokens_per_pack and a constant number of samples; Python values; "
-    "grad mode), mark what must vary as dynamic, or set parallel.compile=false. TORCH_LOGS=recompiles tells more"
+    "Keep constant what a block is given (shapes, Python values, grad mode), mark as dynamic what must vary, or set "
+    "parallel.compile=false. TORCH_LOGS=recompiles tells more"
 )
 
 
@@ -34,7 +34,7 @@ class Recompiles:
     """Counts compilations from its making on; `metrics` at each log step, which also reports a storm, once."""
 
     def __init__(self, graphs_per_function: int) -> None:
-        """graphs_per_function: how many a block needs: one for each way it is called (grad mode, role, dynamic or not)."""
+        """graphs_per_function: how many a kind of block needs: one for each way it is called (grad mode, role)."""
         self.allowed = graphs_per_function
         self.seen = {_identity(m) for m in get_compilation_metrics()}
         self.seconds, self.functions = 0.0, defaultdict[str, Graphs](Graphs)
@@ -49,10 +49,8 @@ class Recompiles:
         if not self.reported and any(f.graphs > self.allowed for f in self.functions.values()):
             self.reported = True
             print(f"\nkontext-train: {self.storm()}", file=sys.stderr)
-        return {
-            "compile/graphs": float(sum(f.graphs for f in self.functions.values())),
-            "compile/seconds": self.seconds,
-        }
+        graphs = sum(f.graphs for f in self.functions.values())
+        return {"compile/graphs": float(graphs), "compile/seconds": self.seconds}
 
     def storm(self) -> str:
         """Each function with more graphs than allowed, and why it was compiled again."""
@@ -87,12 +85,11 @@ def explained(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 def _limit_hit(name: str) -> str:
     past = get_compilation_metrics()
-    failed = next(m for m in reversed(past) if m.fail_type == FailOnRecompileLimitHit.__name__)
-    frame = _frame(failed)
-    same = [m for m in past if m.has_guarded_code and _frame(m) == frame]
-    reasons = [m.recompile_reason for m in (*same, failed) if m.recompile_reason]
-    where = f" ({_function(same[0])})" if same else ""
-    return f"{name}{where} has {len(same)} graphs, torch's limit, because {_listed(reasons)}. {REMEDY}"
+    frame = _frame(next(m for m in reversed(past) if m.fail_type == FailOnRecompileLimitHit.__name__))
+    same = {m.compile_id: m for m in past if _frame(m) == frame and m.is_forward is not False}.values()
+    reasons = [m.recompile_reason for m in same if m.recompile_reason]
+    graphs = sum(bool(m.has_guarded_code) for m in same)
+    return f"{name} has {graphs} graphs, torch's limit, because {_listed(reasons)}. {REMEDY}"
 
 
 def _identity(compilation: CompilationMetrics) -> tuple[Any, ...]:

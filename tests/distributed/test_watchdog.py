@@ -1,8 +1,11 @@
-"""Ranks that die, hang, raise or run out of memory: every survivor ends and says which rank, in which step and phase."""
+"""Ranks that die, hang, raise or run out of memory: all survivors end and say which rank, in which step and phase."""
 
 import os
+import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +15,80 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kontext_train.config import TrainConfig
 from kontext_train.distributed.config import ParallelConfig
 from kontext_train.distributed.setup import process_group
+from kontext_train.distributed.verdict import PATIENT, QUICK, Beat, judge
 from kontext_train.distributed.watchdog import watchdog
-from tests.runs import start
+from kontext_train.train import train
+from kontext_train.trainer import Trainer
+from kontext_train.training.metrics import read_metrics
+from tests.runs import SMALL, small_config, start
 
-TIMEOUT_S = 8  # a heartbeat is 0.4 s
+TIMEOUT_S = 8  # a heartbeat is 0.4 s; 600 s, the default, would wait as long as runs of hours should
+SILENT = rf"no sign of life for {PATIENT * 0.4:g} s"
+BRIEFLY_SILENT = r"no sign of life for [12]\.?\d* s"
+STORE_GONE = "its process, which keeps the store of all ranks at .*, is gone or frozen"
 
 
-def outputs(folder: Path, processes: int, function: Callable[..., None], *arguments: object) -> list[tuple[Any, str]]:
-    """(exit code, stderr) of each rank. A code of None: the last of all that did not end, as a stopped one cannot."""
+# -- the rules -------------------------------------------------------------------------------------------------
+
+
+def verdict(beats: list[Beat], missed: dict[int, int] | None = None) -> tuple[list[int], str] | None:
+    silent = dict.fromkeys(range(len(beats)), 0) | (missed or {})
+    found = judge(dict(enumerate(beats)), silent, beat_s=5, timeout_s=600)
+    return (found.ranks, found.text) if found is not None else None
+
+
+def at(moves: int, stood: int, **others: Any) -> Beat:
+    return Beat(moves=moves, step=moves, phase=f"place {moves}", stood=stood, **others)
+
+
+def test_a_rank_is_silent_after_patience_or_sooner_once_a_collective_failed() -> None:
+    beats = [at(7, 1), at(7, 1), at(6, 1)]
+    assert verdict(beats, {2: PATIENT - 1}) is None
+    ranks, text = verdict(beats, {2: PATIENT}) or ([], "")
+    assert ranks == [2]
+    assert re.search(r"rank 2, step 6, phase place 6: no sign of life for 60 s.*rank 0, step 7.* is alive", text)
+    beats[0].failed = "Connection closed by peer"
+    assert verdict(beats, {2: QUICK - 1}) is None
+    assert verdict(beats, {2: QUICK}) is not None
+    assert verdict([at(7, 1), at(7, 1, left=True)], {1: 1000}) is None
+
+
+def test_a_rank_is_behind_only_if_it_and_one_ahead_have_stood_for_the_timeout() -> None:
+    behind, ahead = at(6, 121), at(7, 121)
+    ranks, text = verdict([ahead, behind, ahead]) or ([], "")
+    assert ranks == [1]
+    assert re.search(r"rank 1, step 6.*not moved for 605 s.* while rank 0, step 7.*waits \(2 in all\)", text)
+    assert verdict([at(7, 119), behind]) is None, "it keeps nobody waiting so long"
+    assert verdict([ahead, at(6, 119)]) is None, "it has moved since"
+    assert verdict([behind, behind]) is None, "a long pause of all ranks: compiling, saving, validation"
+    assert verdict([at(7, 1000, left=True), behind]) is None, "who is done does not wait"
+
+
+def test_ranks_that_saw_no_collective_fail_took_no_part() -> None:
+    failed = "RuntimeError: Timed out"
+    assert verdict([at(7, 2 * QUICK - 1, failed=failed), at(7, 130)]) is None
+    ranks, text = verdict([at(7, 2 * QUICK, failed=failed), at(7, 130), at(8, 1)]) or ([], "")
+    assert ranks == [1]
+    assert re.search(r"rank 1, step 7.*took no part in a collective, which failed on rank 0.*Timed out", text)
+    ranks, text = verdict([at(7, 2 * QUICK, failed=failed)] * 2) or ([0], "")
+    assert ranks == []
+    assert re.search(r"rank 0, step 7.*Timed out. No rank is dead or behind", text)
+
+
+# -- real processes --------------------------------------------------------------------------------------------
+
+
+def outputs(
+    folder: Path, processes: int, broken: int, function: Callable[..., None], *arguments: object
+) -> list[tuple[Any, str]]:
+    """(exit code, stderr) of each rank. `broken` has a code of None if it outlives the others, as a frozen one does."""
     ranks = start(processes, _written_to, folder, function, *arguments)
-    deadline = time.monotonic() + 60
-    while sum(process.is_alive() for process in ranks) > 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in ranks:
-        process.join(timeout=1)
+    for rank, process in enumerate(ranks):
+        process.join(timeout=60 if rank != broken else 0)
+    ranks[broken].join(timeout=1)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
@@ -35,8 +96,8 @@ def outputs(folder: Path, processes: int, function: Callable[..., None], *argume
 
 
 def _written_to(folder: Path, function: Callable[..., None], *arguments: object) -> None:
-    file = os.open(folder / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 2)
+    os.dup2(os.open(folder / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
     function(*arguments)
 
 
@@ -61,49 +122,150 @@ def out_of_memory() -> None:
 
 
 def really_out_of_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
-    torch.empty(2**40, dtype=torch.uint8).fill_(1)
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    torch.empty(2**35, dtype=torch.uint8)
 
 
-def loop(breaking: Callable[[], None], broken_rank: int, steps: int = 50) -> None:
+def really_out_of_python_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    bytearray(2**35)
+
+
+def loop(breaking: Callable[[], None], broken_rank: int) -> None:
     """A loop as the trainer's, of which one rank breaks with three updates made."""
     config = ParallelConfig(timeout_s=TIMEOUT_S)
     with process_group(config) as world, watchdog(world, config) as watch:
-        for step in range(steps):
+        for step in range(6):
             watch.at(step, "data")
             if step == 3 and world.rank == broken_rank:
-                time.sleep(0.5)  # that a heartbeat tells of this place
+                time.sleep(0.5)  # a heartbeat tells of this place
                 breaking()
             watch.at(step, "update")
             dist.all_reduce(torch.ones(8))
 
 
 @pytest.mark.parametrize(
-    ("breaking", "rank", "said"),
+    ("breaking", "rank", "code", "said"),
     [
-        (kill, 1, r"rank 1, step 3, phase data \(.*\): no sign of life for 1\.\d* s"),
-        (kill, 0, r"rank 0, step 3, phase data \(.*\): its process, with the store .* is gone"),
-        (freeze, 1, "rank 1, step 3, phase data (.*): no sign of life for 4.8 s"),
-        (freeze, 0, "rank 0, step 3, phase data (.*): its process, with the store of all ranks .* is gone"),
+        (kill, 1, -9, rf"phase data \(.*\): {BRIEFLY_SILENT}.* rank [02], step 3, phase update, is alive"),
+        (kill, 0, -9, rf"phase data \(.*\): {STORE_GONE}"),
+        (freeze, 1, None, rf"phase data \(.*\): {SILENT}"),
+        (freeze, 0, None, rf"phase data \(.*\): {STORE_GONE}"),
+        (hang, 1, 1, r"phase data \(.* in hang\): has not moved for 8\.4 s .* while rank 0, step 3, phase update"),
+        (wrong, 0, 1, "phase data: KeyError: 'no such tensor'"),
+        (out_of_memory, 1, 1, "phase data: OutOfMemoryError: .* Out of memory: .* GiB peak.*data.tokens_per_pack"),
+        (really_out_of_memory, 1, 1, "phase data: RuntimeError: .*DefaultCPUAllocator.* Out of memory"),
+        (really_out_of_python_memory, 0, 1, "phase data: MemoryError. Out of memory"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_all_ranks_end_and_name_the_broken_one(
+    tmp_path: Path, breaking: Callable[[], None], rank: int, code: int | None, said: str
+) -> None:
+    ended = outputs(tmp_path, 3, rank, loop, breaking, rank)
+    assert [c for c, _ in ended] == [code if r == rank else 1 for r in range(3)]
+    survivors = [text for r, (_, text) in enumerate(ended) if r != rank]
+    for text in survivors:
+        assert re.search(rf"kontext-train: rank {rank}, step 3, {said}", text), text
+        assert "Traceback" not in text, "the reason stands alone"
+    own = ended[rank][1]
+    if breaking is hang:
+        assert re.search(rf"The main thread of rank {rank} is here:(.|\n)*in loop\n(.|\n)*time\.sleep\(1000\)", own), (
+            own
+        )
+    elif code == 1:
+        assert re.search(rf"Traceback(.|\n)*kontext-train: rank {rank}, step 3, phase data", own), own
+
+
+def slow_but_healthy() -> None:
+    """Each pause is half the timeout; together they are more than it."""
+    config = ParallelConfig(timeout_s=2)
+    with process_group(config) as world, watchdog(world, config) as watch:
+        for step in range(3):
+            watch.at(step, "data")
+            if world.rank == step % world.size:
+                time.sleep(1)
+            watch.at(step, "update")
+            dist.all_reduce(torch.ones(8))
+        watch.at(3, "save")
+        time.sleep(2.5)  # longer than the timeout, on all ranks
+        dist.barrier()
+        if world.rank == 1:
+            time.sleep(1)  # closing what it holds, after the last collective, while rank 0 has the store
+
+
+def test_a_slow_rank_and_a_long_save_are_no_failure(tmp_path: Path) -> None:
+    assert outputs(tmp_path, 2, 0, slow_but_healthy) == [(0, ""), (0, "")]
+
+
+def test_one_process_says_where_it_failed() -> None:
+    config = ParallelConfig()
+    with pytest.raises(MemoryError) as raised:
+        _fail_alone(config)
+    assert re.search("rank 0, step 5, phase save. Out of memory: .* GiB peak", raised.value.__notes__[0])
+
+
+def _fail_alone(config: ParallelConfig) -> None:
+    with process_group(config) as world, watchdog(world, config) as watch:
+        watch.at(5, "save")
+        raise MemoryError
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------
+
+
+def break_run(config: TrainConfig, method: str, breaking: Callable[[], None]) -> None:
+    """A training run of which rank 1 breaks in a method of the trainer, with two updates made."""
+    made = getattr(Trainer, method)
+
+    def broken(self: Trainer, *arguments: Any) -> Any:
+        if self.step == 2 and self.world.rank == 1:
+            time.sleep(0.5)
+            breaking()
+        return made(self, *arguments)
+
+    setattr(Trainer, method, broken)
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "breaking", "said"),
+    [
+        ("train_phase", kill, rf"phase encode \(.*\): {BRIEFLY_SILENT}"),
         (
+            "save",
             hang,
-            1,
-            "rank 1, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 0, step 3, phase update",
+            r"phase save \(.* in hang\): (has not moved|took no part in a collective, which failed on rank 0)",
         ),
-        (
-            hang,
-            0,
-            "rank 0, step 3, phase data (.* in hang): has not moved for 8 s .* while rank 1, step 3, phase update",
-        ),
-        (wrong, 1, "rank 1, step 3, phase data: KeyError: 'no such tensor'"),
-        (wrong, 0, "rank 0, step 3, phase data: KeyError: 'no such tensor'"),
-        (out_of_memory, 1, "rank 1, step 3, phase data: OutOfMemoryError: .* Out of memory: .* GiB peak"),
-        (really_out_of_memory, 1, "rank 1, step 3, phase data: RuntimeError: .*DefaultCPUAllocator.* Out of memory"),
     ],
 )
-def test_survivors(tmp_path: Path, breaking: Callable[[], None], rank: int, said: str) -> None:
-    t = time.time()
-    for code, text in outputs(tmp_path, 3, loop, breaking, rank):
-        print(code, text)
-    print(time.time() - t)
-    assert 0
+def test_a_training_run_names_the_broken_rank(
+    shards: Path, tmp_path: Path, method: str, breaking: Callable[[], None], said: str
+) -> None:
+    config = small_config(shards, tmp_path, f"parallel.timeout_s={TIMEOUT_S}", "run.save_every_steps=2")
+    ended = outputs(tmp_path, 2, 1, break_run, config, method, breaking)
+    assert ended[0][0] == 1
+    assert re.search(rf"kontext-train: rank 1, step 2, {said}", ended[0][1]), ended[0][1]
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """Process id by rank, of a torchrun's workers."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    found = (re.search(rb"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_bytes()) for child in children)
+    return {int(rank[1]): int(child) for rank, child in zip(found, children, strict=True) if rank}
+
+
+def test_torchrun_ends_with_the_reason(shards: Path, tmp_path: Path) -> None:
+    """The command line as it is used, one of whose ranks the kernel kills."""
+    options = [f"data.train={shards}", f"run.dir={tmp_path}", f"parallel.timeout_s={TIMEOUT_S}", "run.steps=100000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    with (tmp_path / "stderr").open("w") as file:
+        torchrun = subprocess.Popen([*command, "-m", "kontext_train.train", *SMALL, *options], stderr=file)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        assert torchrun.poll() is None, (tmp_path / "stderr").read_text()
+        time.sleep(0.1)
+    os.kill(ranks_of(torchrun.pid)[1], signal.SIGKILL)
+    assert torchrun.wait(timeout=60) == 1
+    said = (tmp_path / "stderr").read_text()
+    assert re.search(rf"kontext-train: rank 1, step \d+, phase [a-z ]+ \(.*\): {BRIEFLY_SILENT}", said), said
+    assert re.search(r"Root Cause(.|\n)*rank +: 1 (.|\n)*exitcode +: -9", said), said
