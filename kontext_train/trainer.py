@@ -14,6 +14,7 @@ from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
 from kontext_train.distributed.parallelize import reshard
+from kontext_train.distributed.recompiles import Recompiles
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
@@ -70,6 +71,7 @@ class Trainer:
         self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
         self.encoders, self.flops, self.record = encoders, flops, record
+        self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
         self.folder = Path(config.dir) / "checkpoints"
@@ -79,7 +81,13 @@ class Trainer:
     def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog) -> None:
         """Train to config.steps. Raises Interrupted after saving if any rank got a signal."""
         with stop_on_signals() as stop:
-            self.loop(batches, validation, log, stop)
+            try:
+                self.loop(batches, validation, log, stop)
+            except Interrupted:
+                raise
+            except BaseException as error:
+                self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
+                raise
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
@@ -99,7 +107,7 @@ class Trainer:
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
-                log.write(self.step, self.summary(window, peak))
+                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics())
                 window = Window(time.perf_counter())
             paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):

@@ -16,6 +16,8 @@ from typing import Any
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import CompilationMetrics, get_compilation_metrics
 
+# A kind of block is called with and without gradients, by trained and by frozen roles; they share its code.
+GRAPHS_PER_FUNCTION = 6
 REMEDY = (
     "Keep constant what a block is given (shapes, Python values, grad mode), mark as dynamic what must vary, or set "
     "parallel.compile=false. TORCH_LOGS=recompiles tells more"
@@ -33,7 +35,7 @@ class Graphs:
 class Recompiles:
     """Counts compilations from its making on; `metrics` at each log step, which also reports a storm, once."""
 
-    def __init__(self, graphs_per_function: int) -> None:
+    def __init__(self, graphs_per_function: int = GRAPHS_PER_FUNCTION) -> None:
         """graphs_per_function: how many a kind of block needs: one for each way it is called (grad mode, role)."""
         self.allowed = graphs_per_function
         self.seen = {_identity(m) for m in get_compilation_metrics()}
@@ -41,7 +43,7 @@ class Recompiles:
         self.reported = False
 
     def metrics(self) -> dict[str, float]:
-        """compile/graphs and compile/seconds so far. Call it before 64 more compilations: torch keeps no more."""
+        """compile/graphs and compile/seconds so far, if any. torch remembers 64 compilations: call it before more."""
         for compilation in get_compilation_metrics():
             if _identity(compilation) not in self.seen:
                 self.seen.add(_identity(compilation))
@@ -50,7 +52,7 @@ class Recompiles:
             self.reported = True
             print(f"\nkontext-train: {self.storm()}", file=sys.stderr)
         graphs = sum(f.graphs for f in self.functions.values())
-        return {"compile/graphs": float(graphs), "compile/seconds": self.seconds}
+        return {"compile/graphs": float(graphs), "compile/seconds": self.seconds} if graphs else {}
 
     def storm(self) -> str:
         """Each function with more graphs than allowed, and why it was compiled again."""

@@ -55,11 +55,12 @@ def watchdog(world: World, config: ParallelConfig) -> Iterator["Watch"]:
 
 
 class Watch:
-    """One rank's view. The main thread writes `here`, `failed`, `verdict` and `leaving`; the rest is the thread's."""
+    """One rank's view. What the main thread writes is above `told`; the rest is the thread's."""
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
         self.world, self.beat_s, self.timeout_s = world, config.heartbeat_s, config.timeout_s
         self.here = (0, 0, "start")  # places come to, step, phase
+        self.error: BaseException | None = None  # that ended the loop here
         self.failed = ""  # how a collective failed here
         self.verdict: Verdict | None = None  # on an error that began here
         self.leaving = False
@@ -91,7 +92,10 @@ class Watch:
         self.here = (self.here[0] + 1, step, phase)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks. Returns with a note added to the error, or the thread ends this process."""
+        """Tell the other ranks, once. Returns with a note added to the error, or the thread ends this process."""
+        if error is self.error:
+            return
+        self.error = error
         _, step, phase = self.here
         where = f"rank {self.world.rank}, step {step}, phase {phase}"
         reason = f". {_out_of_memory(self.world.device)}" if _is_out_of_memory(error) else ""

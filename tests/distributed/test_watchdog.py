@@ -258,7 +258,7 @@ def ranks_of(torchrun: int) -> dict[int, int]:
 def test_torchrun_ends_with_the_reason(shards: Path, tmp_path: Path) -> None:
     """The command line as it is used, one of whose ranks the kernel kills."""
     options = [f"data.train={shards}", f"run.dir={tmp_path}", f"parallel.timeout_s={TIMEOUT_S}", "run.steps=100000"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (tmp_path / "stderr").open("w") as file:
         torchrun = subprocess.Popen([*command, "-m", "kontext_train.train", *SMALL, *options], stderr=file)
     while len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
