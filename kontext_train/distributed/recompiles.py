@@ -69,8 +69,8 @@ class Recompiles:
                 function.reasons.append(compilation.recompile_reason)
 
 
-def explained(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function whose error at torch's recompile limit says which function, how many graphs, why, what to do.
+def explained(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A compiled function whose error at torch's recompile limit says its name, how many graphs, why, and what to do.
 
     torch raises that error for fullgraph=True only; without it, it goes on uncompiled.
     """
@@ -80,7 +80,7 @@ def explained(compiled: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return compiled(*arguments, **options)
         except FailOnRecompileLimitHit as error:
-            raise RuntimeError(_limit_hit(getattr(compiled, "__qualname__", str(compiled)))) from error
+            raise RuntimeError(_limit_hit(name)) from error
 
     return call
 
@@ -114,4 +114,4 @@ def _listed(reasons: Iterable[str]) -> str:
         counts[" ".join(reason.split(": ", 1)[-1].split())] += 1
     ordered = sorted(counts, key=lambda reason: -counts[reason])
     told = ", ".join(f"{reason} ({counts[reason]} x)" for reason in ordered[:5])
-    return told + (f" and {len(ordered) - 5} other reasons" if len(ordered) > 5 else "") or "of nothing torch tells"
+    return told + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "") or "of nothing torch tells"
