@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
+    from kontext_train.distributed.watchdog import watchdog
     from kontext_train.models.attention import attention_function, usable_backend
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
@@ -108,7 +109,7 @@ def train(config: TrainConfig) -> None:
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
 
-    with process_group(config.parallel) as world:
+    with process_group(config.parallel) as world, watchdog(world, config.parallel) as watch:
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
         chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
         resume = Path(chosen) if chosen else None
@@ -145,6 +146,7 @@ def train(config: TrainConfig) -> None:
             config.run,
             config.schedule,
             world,
+            watch,
             objective,
             {p: PhaseOptimizer(objective.modules[p], config.optimizer, config.run.seed) for p in objective.phases},
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,

@@ -15,8 +15,10 @@ from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
 from kontext_train.distributed.float8 import plain
 from kontext_train.distributed.parallelize import reshard
+from kontext_train.distributed.recompiles import Recompiles
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
+from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
@@ -58,6 +60,7 @@ class Trainer:
         config: RunConfig,
         schedule: ScheduleConfig,
         world: World,
+        watch: Watch,
         objective: Objective,
         optimizers: dict[str, PhaseOptimizer],  # by phase
         ema: EMA | None,
@@ -66,9 +69,10 @@ class Trainer:
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
-        self.config, self.schedule, self.world = config, schedule, world
+        self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
         self.encoders, self.flops, self.record = encoders, flops, record
+        self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
         self.folder = Path(config.dir) / "checkpoints"
@@ -78,7 +82,13 @@ class Trainer:
     def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog) -> None:
         """Train to config.steps. Raises Interrupted after saving if any rank got a signal."""
         with stop_on_signals() as stop:
-            self.loop(batches, validation, log, stop)
+            try:
+                self.loop(batches, validation, log, stop)
+            except Interrupted:
+                raise
+            except BaseException as error:
+                self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
+                raise
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
@@ -86,21 +96,26 @@ class Trainer:
         peak = peak_tflops(self.world.device)
         window = Window(time.perf_counter())
         while self.step < self.config.steps:
+            self.at("data")
             asked = time.perf_counter()
             pixels = [next(batches) for _ in range(self.config.microbatches)]
             window.waited += time.perf_counter() - asked
             window.add(self.train_step(pixels))
             self.count(window, pixels)
             log.advance()
+            self.at("stop check")
             stopping = any_rank(stop.name is not None)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
-                log.write(self.step, self.summary(window, peak))
+                self.at("log")
+                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics())
                 window = Window(time.perf_counter())
             paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
+                self.at("validation")
                 self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
+                self.at("save")
                 self.save()
             window.paused += time.perf_counter() - paused
             if stopping and not last:
@@ -108,11 +123,16 @@ class Trainer:
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
         log.write(self.step, {"seconds": time.perf_counter() - window.started})
 
+    def at(self, phase: str) -> None:
+        """Where this rank is, for the watchdog. All ranks come to the same places."""
+        self.watch.at(self.step, phase)
+
     def due(self, every: int) -> bool:
         return self.step % every == 0
 
     def train_step(self, pixels: list[PixelBatch]) -> dict[str, Tensor]:
         """One update of every phase; returns this rank's share of the step's metrics."""
+        self.at("encode")
         batches = [encode(p, self.encoders, self.random) for p in pixels]
         metrics: dict[str, Tensor] = {}
         for phase in self.objective.phases:
@@ -125,12 +145,14 @@ class Trainer:
 
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
         optimizer = self.optimizers[phase]
+        self.at(f"{phase} forward and backward")
         optimizer.zero()
         metrics: dict[str, Tensor] = {}
         for batch in batches:
             loss = self.objective.loss(phase, batch, self.random)
             loss.value.backward()
             metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        self.at(f"{phase} update")
         norm = optimizer.clip()
         # The one wait for the device in a step: a bad update must be stopped before it is made.
         if not torch.isfinite(norm):

@@ -54,7 +54,7 @@ class ParallelConfig:
     float8: Float8 = Float8.none  # of the blocks' matrix products, by torchao: pip install kontext-train[float8]
     float8_min_features: int = 2048  # smaller sides of a matrix do not pay on an H100
     float8_emulate: bool = False  # compute in float32 what float8 would give, anywhere and slowly: for tests
-    timeout_s: int = 600  # a collective that waits longer ends the run
+    timeout_s: int = 600  # a rank that keeps others waiting longer ends the run
 
     def __post_init__(self) -> None:
         for key, least in (("dp_replicate", 1), ("cp", 1), ("prefetch_forward", 0), ("prefetch_backward", 0)):
@@ -74,6 +74,16 @@ class ParallelConfig:
             raise ConfigError("parallel.float8", "tensorwise", rule, "Use rowwise, or cpu_offload=false")
         if self.timeout_s < 1:
             raise ConfigError("parallel.timeout_s", self.timeout_s, "must be at least 1", "600 is ten minutes")
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How often a rank tells where it is."""
+        return min(5.0, self.timeout_s / 20)
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """When torch gives a collective up: later than the watchdog, which knows which rank is to blame."""
+        return self.timeout_s + 4 * self.heartbeat_s
 
     def mesh_shape(self, world_size: int) -> tuple[int, int, int]:
         """(dp_replicate, dp_shard, cp); ConfigError unless their product is the world size."""
