@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
     from kontext_train.data.sample import SampleReader
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
+    from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
@@ -96,6 +97,7 @@ def train(config: TrainConfig) -> None:
     record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
     folder = Path(config.run.dir)
     attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    check_hardware(config.parallel)
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
@@ -137,7 +139,7 @@ def train(config: TrainConfig) -> None:
             config.schedule,
             world,
             objective,
-            {phase: PhaseOptimizer(objective.modules[phase], config.optimizer) for phase in objective.phases},
+            {p: PhaseOptimizer(objective.modules[p], config.optimizer, config.run.seed) for p in objective.phases},
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,

@@ -13,6 +13,7 @@ from torch import Tensor
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
+from kontext_train.distributed.float8 import plain
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.reduce import any_rank, sum_over_ranks
 from kontext_train.distributed.setup import World
@@ -187,7 +188,7 @@ class Trainer:
         """All tensors of a checkpoint. This list is the whole of it."""
         modules = self.objective.modules
         return {
-            "modules": {role: dict(m.named_parameters()) for role, m in modules.items()},
+            "modules": {role: {n: plain(p) for n, p in m.named_parameters()} for role, m in modules.items()},
             "optimizers": {phase: optimizer.state() for phase, optimizer in self.optimizers.items()},
             "ema": self.ema.average if self.ema is not None else {},
         }
@@ -199,10 +200,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
         record = checkpoint.read_record(path)
-        state = self.state()
-        checkpoint.load(path, state)  # modules and EMA are filled in place
-        for phase, optimizer in self.optimizers.items():
-            optimizer.load(state["optimizers"][phase])
+        checkpoint.load(path, self.state())  # fills modules, optimizers and EMA in place
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
         self.position = Position(record["position"]["epoch"], record["position"]["window"], legs)
         self.step = record["step"]

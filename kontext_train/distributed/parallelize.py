@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from kontext_train.distributed.activation import check_keep_outputs, checkpointed
 from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.float8 import convert
 
 
 class HasBlocks(Protocol):
@@ -26,6 +27,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, stat
     static_tokens: a length that sequences (nearly) always have, for which compiled blocks are specialised; any other
     length shares one more graph. Raises ConfigError for a parallel.keep_outputs that fits no layer.
     """
+    if config.master_dtype is Precision.bfloat16:
+        model.to(torch.bfloat16)
+    convert(model, config)
     blocks = list(cast(HasBlocks, model).blocks())
     if config.activation_checkpointing is Checkpointing.selective:
         check_keep_outputs(blocks, config)

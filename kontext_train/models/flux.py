@@ -15,6 +15,7 @@ from kontext_train.models.layers import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    Modulation,
     SingleStreamBlock,
     rope,
     sinusoidal_embedding,
@@ -42,6 +43,12 @@ class Flux(nn.Module):
         """The repeated parts: what is sharded, checkpointed and compiled one by one."""
         yield from self.double_blocks
         yield from self.single_blocks
+
+    def token_linears(self) -> Iterator[nn.Linear]:
+        """The blocks' linears that multiply every token. Modulation's multiply a vector a sample."""
+        modules = [module for block in self.blocks() for module in block.modules()]
+        of_samples = {id(module.lin) for module in modules if isinstance(module, Modulation)}
+        yield from (m for m in modules if isinstance(m, nn.Linear) and id(m) not in of_samples)
 
     def forward(
         self,
