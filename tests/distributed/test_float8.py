@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kontext_train.distributed.config import Checkpointing, Float8, ParallelConfig, Precision
+from kontext_train.distributed.config import Checkpointing, Float8, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.float8 import check_hardware, convert, converted_linears, plain, refresh_scales
 from kontext_train.distributed.setup import process_group
 from kontext_train.errors import ConfigError
@@ -115,7 +115,8 @@ def test_tensorwise_gathers_a_byte_a_weight(tmp_path: Path) -> None:
     """gloo and FSDP move them as uint8, beside biases in bfloat16. Rowwise gathers bfloat16."""
     results = {}
     for recipe in (Float8.tensorwise, Float8.rowwise):
-        in_processes(2, keep_bytes, ParallelConfig(float8=recipe, **EMULATED), tmp_path / recipe.value)
+        config = ParallelConfig(float8=recipe, reshard_after_forward=Reshard.always, **EMULATED)
+        in_processes(2, keep_bytes, config, tmp_path / recipe.value)
         results[recipe] = torch.load(tmp_path / recipe.value, weights_only=False)
     (less, seen, weights), (more, seen_rowwise, _) = results[Float8.tensorwise], results[Float8.rowwise]
     assert {d for k, d in seen if k == "gather"} == {torch.uint8, torch.bfloat16}  # the ends are not in blocks
@@ -155,6 +156,21 @@ def check_scales() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_scales_follow_the_weights_when_refreshed(processes: int) -> None:
     in_processes(processes, check_scales)
+
+
+def check_checkpointed() -> None:
+    torch.manual_seed(0)
+    reference, packed = random_flux(WIDE), pack([random_sample(s, WIDE) for s in SHAPES])
+    none = ParallelConfig(param_dtype=Precision.float32, float8=Float8.tensorwise, **EMULATED)
+    with process_group(none) as world:
+        for policy in (Checkpointing.selective, Checkpointing.full):
+            configs = (none, replace(none, activation_checkpointing=policy))
+            kept, recomputed = (gradients(sharded_copy(reference, c, world), packed) for c in configs)
+            assert distance(recomputed, kept) == 0, policy
+
+
+def test_recomputed_float8_is_the_same() -> None:
+    in_processes(2, check_checkpointed)
 
 
 def check_compiled() -> None:
