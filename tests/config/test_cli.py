@@ -108,6 +108,12 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
         check(small_config(shards, tmp_path, override), world)
 
 
+def test_int8_moments_are_not_kept_in_host_memory(shards: Path, tmp_path: Path) -> None:
+    config = small_config(shards, tmp_path, "optimizer.moments=int8", "parallel.cpu_offload=true")
+    with pytest.raises(ConfigError, match=r"optimizer\.moments='int8': saves GPU memory"):
+        check(config, 1)
+
+
 def test_what_only_the_shards_know_is_refused_by_key(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,8 +125,10 @@ def test_tensorwise_gathers_a_byte_a_weight(tmp_path: Path) -> None:
     assert more - less == pytest.approx(2 * weights, rel=0.01), "a byte less for forward and for backward"
 
 
-def check_scales() -> None:
-    config = ParallelConfig(param_dtype=Precision.float32, float8=Float8.tensorwise, **EMULATED)
+def check_scales(dp_replicate: int) -> None:
+    config = ParallelConfig(
+        dp_replicate=dp_replicate, param_dtype=Precision.float32, float8=Float8.tensorwise, **EMULATED
+    )
     torch.manual_seed(0)
     reference, packed = random_flux(WIDE), pack([random_sample(s, WIDE) for s in SHAPES])
     with process_group(config) as world:
@@ -153,9 +155,9 @@ def check_scales() -> None:
         assert distance(stale, fresh) > 0.2, "scales of the past saturate"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_scales_follow_the_weights_when_refreshed(processes: int) -> None:
-    in_processes(processes, check_scales)
+@pytest.mark.parametrize(("processes", "dp_replicate"), [(1, 1), (2, 1), (4, 2)])
+def test_scales_follow_the_weights_when_refreshed(processes: int, dp_replicate: int) -> None:
+    in_processes(processes, check_scales, dp_replicate)
 
 
 def check_checkpointed() -> None:
