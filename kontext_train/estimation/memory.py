@@ -5,7 +5,7 @@ exists twice while it is copied out of the collective's buffer; backward gathers
 computes; the float32 input of a reduce-scatter lives until the next group is reduced.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 GIB = 2**30
@@ -22,6 +22,7 @@ class PartCost:
     backward_flops: int  # recomputation included
     attention_flops: int  # of both, the share in attention
     traffic: int  # bytes read and written, forward and backward, by all operations but matrix products and attention
+    exchanged: int  # bytes in all-to-alls between ranks that share a sequence, forward and backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ class Network:
 class Sharding:
     shards: int  # ranks that share one copy
     replicas: int
-    weight_bytes: int  # of a gathered element
+    weight_bytes: int  # of an element that is computed with
+    wire_bytes: float  # of an element while it is gathered
     reduce_bytes: int  # of a gradient element on the wire
-    reshard_after_forward: bool
+    last_stays: bool  # the last block's and the ends' weights are not freed between forward and backward
+    all_stay: bool  # nor are any others
+    ahead_forward: int  # groups whose weights are gathered before they are needed
+    ahead_backward: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +112,32 @@ def held(roles: Sequence[Role], batch: float) -> Memory:
 def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bool) -> Iterator[Moment]:
     """The moments of a step at which memory may peak. base: `held`; accumulating: more than one pack a step."""
     weight, reduce = sharding.weight_bytes, sharding.reduce_bytes
-    wire = weight if sharding.shards > 1 else 0  # an element in an all-gather's buffer; one rank alone has none
-    all_gradients = base.gradients
+    wire = sharding.wire_bytes if sharding.shards > 1 else 0.0  # one rank alone gathers nothing
     ends, blocks = network.ends, network.blocks
+    sizes = [block.elements for block in blocks]
 
-    now = replace(base, gradients=all_gradients if accumulating else 0.0)
-    kept, gathered_before = float(ends.cost.kept), weight * ends.elements
+    before = replace(base, gradients=base.gradients if accumulating else 0.0)
+    kept, staying = float(ends.cost.kept), weight * ends.elements
     for i, block in enumerate(blocks):
-        gathered = gathered_before + (weight + wire) * block.elements
-        peak = replace(now, gathered=gathered, activations=kept + block.cost.forward_peak)
-        yield Moment(f"forward of {block.name} {i}", peak)
+        on_the_way = wire * sum(sizes[i : i + 1 + sharding.ahead_forward])
+        gathered = staying + weight * block.elements + on_the_way
+        working = replace(before, gathered=gathered, activations=kept + block.cost.forward_peak)
+        yield Moment(f"forward of {block.name} {i}", working)
         kept += block.cost.kept
-        gathered_before += 0 if sharding.reshard_after_forward else weight * block.elements
+        if sharding.all_stay or (sharding.last_stays and i == len(blocks) - 1):
+            staying += weight * block.elements
     loss = kept + max(ends.cost.forward_peak, ends.cost.backward_peak) - ends.cost.kept
-    yield Moment("loss", replace(now, gathered=gathered_before, activations=loss))
+    yield Moment("loss", replace(before, gathered=staying, activations=loss))
 
     reduced, on_its_way = 0, 0
     last_gradients = weight * network.last_layer
     for i in reversed(range(len(blocks))):
         block, cost = blocks[i], blocks[i].cost
         kept -= cost.kept
-        now = replace(base, gradients=all_gradients if accumulating else all_gradients * reduced / network.elements)
-        if sharding.reshard_after_forward:
-            others = weight * ends.elements + (wire * blocks[i - 1].elements if i else 0)
-        else:
-            others = weight * (ends.elements + sum(b.elements for b in blocks[:i]))
+        gradients = base.gradients if accumulating else base.gradients * reduced / network.elements
+        now = replace(base, gradients=gradients)
+        ahead = sum(sizes[max(0, i - sharding.ahead_backward) : i])
+        others = weight * ends.elements + (weight * sum(sizes[:i]) if sharding.all_stay else wire * ahead)
         yield Moment(
             f"backward of {block.name} {i}",
             replace(
@@ -149,5 +155,5 @@ def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bo
     yield Moment("optimizer step", base)
 
 
-def peak(base: Memory, network: Network, sharding: Sharding, accumulating: bool) -> Moment:
-    return max(moments(base, network, sharding, accumulating), key=lambda moment: moment.memory.total)
+def largest(moments: Iterable[Moment]) -> Moment:
+    return max(moments, key=lambda moment: moment.memory.total)

@@ -26,15 +26,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kontext_train.data.batch import PackedBatch
-from kontext_train.distributed.config import ParallelConfig
-from kontext_train.distributed.parallelize import _block_forward, parallelize
+from kontext_train.distributed.activation import checkpointed
+from kontext_train.distributed.config import Float8, ParallelConfig
+from kontext_train.distributed.context_parallel import split_sequence, ulysses
+from kontext_train.distributed.parallelize import parallelize
 from kontext_train.estimation.memory import PartCost
 from kontext_train.models.attention import AttentionFunction
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning
 from kontext_train.models.layers import rope
-from kontext_train.models.sequence import SampleShape, SequenceLayout, build_layout
+from kontext_train.models.sequence import LayoutPart, SampleShape, SequenceLayout, build_layout
 from kontext_train.objectives.flow_matching import velocity_error
 from kontext_train.training.config import OptimizerConfig
 from kontext_train.training.optimizer import PhaseOptimizer
@@ -57,6 +59,7 @@ class Parts:
     batch: int  # bytes of what the encoders gave
 
 
+_EXCHANGES = (torch.ops.kontext_train.all_to_all_tokens, torch.ops.kontext_train.all_to_all_heads)
 AttentionFormulas = dict[Any, Callable[..., int]]  # operator -> its FLOPs, as torch's counter takes them
 
 
@@ -69,7 +72,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, attention: AttentionFormulas) -> None:
         super().__init__()
-        self.live = self.peak = self.traffic = self.flops = self.attention_flops = 0
+        self.live = self.peak = self.traffic = self.flops = self.attention_flops = self.exchanged = 0
         self._formulas = {**flop_registry, **attention}
         self._attention = attention
         self._size: weakref.WeakKeyDictionary[torch.UntypedStorage, list[int]] = weakref.WeakKeyDictionary()
@@ -105,6 +108,8 @@ class Meter(TorchDispatchMode):
             flops = self._formulas[operator](*args, **(kwargs or {}), out_val=result)
             self.flops += flops
             self.attention_flops += flops if operator in self._attention else 0
+        elif operator in _EXCHANGES:
+            self.exchanged += sum(t.numel() * t.element_size() for t in outputs)
         elif not func.is_view:
             self.traffic += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         self.peak = max(self.peak, self.live)
@@ -130,30 +135,39 @@ def fused_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_seqlens: Ten
 
 
 def trace_parts(
-    model: FluxConfig, shapes: Sequence[SampleShape], parallel: ParallelConfig, attention: AttentionFunction
+    model: FluxConfig,
+    shapes: Sequence[SampleShape],
+    parallel: ParallelConfig,
+    attention: AttentionFunction,
+    pad_to: int | None = None,
 ) -> Parts:
-    """Cost of each part for one pack, with the checkpointing that `parallel` asks for, uncompiled.
+    """Cost of each part for one pack, with the checkpointing that `parallel` asks for, uncompiled and in param_dtype.
 
-    attention: what runs inside; `fused_attention` for a GPU.
+    attention: what runs inside; `fused_attention` for a GPU. Must run without a process group.
     """
-    with FakeTensorMode() as fake:
+    layout, part = _layouts(shapes, pad_to, parallel.cp)
+    with _fake_group(parallel.cp) as group, FakeTensorMode() as fake:
+        layout, part = _faked(fake, layout, part)
         with _default_dtype(getattr(torch, parallel.param_dtype.value)):
-            network = Flux(replace(model, depth=1, depth_single_blocks=1), attention)
+            inside = attention if parallel.cp == 1 else ulysses(attention, group)
+            network = Flux(replace(model, depth=1, depth_single_blocks=1), inside)
         double, single = network.double_blocks[0], network.single_blocks[0]
-        batch = fake_batch(fake, model, shapes)
-        layout, dtype = batch.layout, network.img_in.weight.dtype
-        stream = (len(layout.sample_of_img_I), layout.txt_tokens)
+        dtype = network.img_in.weight.dtype
+        stream = (len(part.sample_of_img_I), part.txt_tokens)
         vec_SD = torch.zeros(len(shapes), model.hidden_size, dtype=dtype, requires_grad=True)
         img_ID, txt_TD, x_ND = (
             torch.zeros(n, model.hidden_size, dtype=dtype, requires_grad=True) for n in (*stream, sum(stream))
         )
-        angles = rope(layout.ids_N3, model.axes_dim, model.theta)
-        run_double, run_single = (_block_forward(b.forward, replace(parallel, compile=False)) for b in (double, single))
-        formulas = _attention_formulas(shapes, model.hidden_size)
+        angles = rope(part.ids_N3, model.axes_dim, model.theta)
+        run_double, run_single = (checkpointed(block.forward, block, parallel) for block in (double, single))
         network.double_blocks, network.single_blocks = nn.ModuleList(), nn.ModuleList()
+        if parallel.cp > 1:
+            split_sequence(network, group)
+        batch = _fake_batch(model, layout)
+        formulas = _attention_formulas(shapes, model.hidden_size, parallel.cp)
         return Parts(
-            double=_cost(lambda: run_double(img_ID, txt_TD, vec_SD, angles, layout), formulas),
-            single=_cost(lambda: (run_single(x_ND, vec_SD, angles, layout),), formulas),
+            double=_cost(lambda: run_double(img_ID, txt_TD, vec_SD, angles, part), formulas),
+            single=_cost(lambda: (run_single(x_ND, vec_SD, angles, part),), formulas),
             ends=_cost(lambda: (_loss(network, batch),), formulas),
             batch=_batch_bytes(batch),
         )
@@ -177,15 +191,16 @@ def _cost(forward: Callable[[], tuple[Tensor, ...]], formulas: AttentionFormulas
         backward_flops=meter.flops - forward_flops,
         attention_flops=meter.attention_flops,
         traffic=meter.traffic,
+        exchanged=meter.exchanged,
     )
 
 
-def _attention_formulas(shapes: Sequence[SampleShape], hidden: int) -> AttentionFormulas:
+def _attention_formulas(shapes: Sequence[SampleShape], hidden: int, cp: int) -> AttentionFormulas:
     """FLOPs of attention, which depend on how the pack is cut into samples: q k^T and p v, and twice that backward.
 
     That FlashAttention computes q k^T once more backward is counted by nobody; it lowers the speed that one measures.
     """
-    products = 4 * sum(shape.tokens**2 for shape in shapes) * hidden
+    products = 4 * sum(shape.tokens**2 for shape in shapes) * hidden // cp  # each rank has a share of the heads
     operators = torch.ops.kontext_train
     return {
         operators.cpu_attention: lambda *_, **__: products,
@@ -200,19 +215,52 @@ def _loss(network: nn.Module, batch: PackedBatch) -> Tensor:
     return (velocity_error(network, batch, t_S, noise_MC, guidance_S) * batch.token_weight_M()).sum()
 
 
-def fake_batch(fake: FakeTensorMode, model: FluxConfig, shapes: Sequence[SampleShape]) -> PackedBatch:
-    """A pack of such samples, as encoders give it, without contents."""
-    layout = build_layout(shapes)
-    values = {f.name: getattr(layout, f.name) for f in fields(SequenceLayout)}
-    layout = replace(layout, **{k: fake.from_tensor(v) for k, v in values.items() if isinstance(v, Tensor)})
+def _layouts(shapes: Sequence[SampleShape], pad_to: int | None, cp: int) -> tuple[SequenceLayout, LayoutPart | None]:
+    """Of a pack, and of the share that the first of `cp` ranks has of it."""
+    layout = build_layout(shapes, pad_to)
+    return layout, layout.part(0, cp) if cp > 1 else None
+
+
+def _faked(
+    fake: FakeTensorMode, layout: SequenceLayout, part: LayoutPart | None
+) -> tuple[SequenceLayout, SequenceLayout]:
+    """Layout and share without contents. A share is not computed anew from a layout that has none."""
+
+    def without_contents(of: Any) -> dict[str, Tensor]:
+        values = {f.name: getattr(of, f.name) for f in fields(of)}
+        return {k: fake.from_tensor(v) for k, v in values.items() if isinstance(v, Tensor)}
+
+    layout = replace(layout, **without_contents(layout))
+    if part is None:
+        return layout, layout
+    own = replace(part.layout, **without_contents(part.layout))
+    part = replace(part, layout=own, **without_contents(part))
+    layout.part = lambda rank, ranks: part  # type: ignore[method-assign]
+    return layout, own
+
+
+def _fake_batch(model: FluxConfig, layout: SequenceLayout) -> PackedBatch:
+    """A pack as encoders give it, without contents."""
+    samples = len(layout.shapes)
     cond = Conditioning(
         txt_TE=torch.zeros(layout.txt_tokens, model.context_in_dim),
-        vec_SP=torch.zeros(len(shapes), model.vec_in_dim),
-        context_KC=torch.zeros(sum(s.context_tokens for s in shapes), model.in_channels),
+        vec_SP=torch.zeros(samples, model.vec_in_dim),
+        context_KC=torch.zeros(sum(s.context_tokens for s in layout.shapes), model.in_channels),
         layout=layout,
     )
-    x_MC = torch.zeros(sum(layout.target_lengths), model.in_channels)
-    return PackedBatch(x_MC, cond, list(range(len(shapes))), torch.ones(len(shapes)), [""] * len(shapes))
+    x_MC = torch.zeros(layout.targets, model.in_channels)
+    return PackedBatch(x_MC, cond, list(range(samples)), torch.ones(samples), [""] * samples)
+
+
+@contextmanager
+def _fake_group(ranks: int) -> Iterator[dist.ProcessGroup]:
+    """A process group that moves nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def _batch_bytes(batch: PackedBatch) -> int:
@@ -251,25 +299,31 @@ def simulate_step(
     shapes: Sequence[SampleShape],
     world_size: int,
     attention: AttentionFunction,
+    pad_to: int | None = None,
 ) -> SimulatedStep:
-    """One pack, forward, backward and gradient norm on a process group that moves nothing; seconds to minutes.
+    """One pack, forward and backward, on a process group that moves nothing; seconds to minutes.
 
-    Must run without a process group. Compile is left out: a tracker cannot look into a compiled graph.
+    Must run without a process group. Compile and float8 are left out.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        names = ("dp_replicate", "dp_shard")
-        mesh = init_device_mesh("cpu", parallel.mesh_shape(world_size), mesh_dim_names=names)
-        meter, spy = Meter(_attention_formulas(shapes, model.hidden_size)), CollectiveSpy()
+    replicate, shard, cp = parallel.mesh_shape(world_size)
+    layout, part = _layouts(shapes, pad_to, cp)
+    meter, spy = Meter(_attention_formulas(shapes, model.hidden_size, cp)), CollectiveSpy()
+    with _fake_group(world_size):
+        mesh = init_device_mesh("cpu", (replicate, shard * cp), mesh_dim_names=("dp_replicate", "dp_shard"))
+        by_sequence = init_device_mesh("cpu", (replicate * shard, cp), mesh_dim_names=("dp", "cp"))
+        group = by_sequence["cp"].get_group()
         with FakeTensorMode() as fake, meter:
             with torch.device("meta"):
-                network = Flux(model, attention)
-            parallelize(network, mesh, replace(parallel, compile=False))
+                network = Flux(model, attention if cp == 1 else ulysses(attention, group))
+            if cp > 1:
+                split_sequence(network, group)
+            parallelize(network, mesh, replace(parallel, compile=False, float8=Float8.none))
             network.to_empty(device="cpu")
+            layout, _ = _faked(fake, layout, part)
             with spy:
-                _loss(network, fake_batch(fake, model, shapes)).backward()
+                _loss(network, _fake_batch(model, layout)).backward()
         with fake:  # not metered: DTensor asks on fake tensors of full size how a fused update's result is sharded
-            phase = PhaseOptimizer(network, optimizer)
+            phase = PhaseOptimizer(network, optimizer, seed=0)
             phase.step(lr_factor=1.0)
         states = [t for o in phase.optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         return SimulatedStep(
@@ -280,8 +334,6 @@ def simulate_step(
             sent=dict(spy.sent),
             flops=meter.flops,
         )
-    finally:
-        dist.destroy_process_group()
 
 
 class CollectiveSpy(TorchDispatchMode):
@@ -304,7 +356,7 @@ def _ranks(args: Sequence[Any]) -> int:
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             return dist.ProcessGroup.unbox(argument).size()
-        if isinstance(argument, str) and argument in dist.distributed_c10d._world.pg_names.values():
+        if isinstance(argument, str):
             return dist.distributed_c10d._resolve_process_group(argument).size()
     raise AssertionError(args)
 
@@ -322,5 +374,5 @@ _COLLECTIVES = {
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
     "alltoall_base_": "all-to-all",
-    "all_to_all_single": "all-to-all",
+    "kontext_train.all_to_all_": "all-to-all",  # of context parallelism: the exchange inside is not simulated
 }
