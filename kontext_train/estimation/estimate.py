@@ -222,7 +222,7 @@ def _float8_share(model: FluxConfig, parallel: ParallelConfig) -> float:
     """Share of all parameters that are weights of products in float8."""
     network = _meta(model)
     names = converted_linears(network, parallel)
-    sizes = {name: network.get_submodule(name).weight.numel() for name in names}  # type: ignore[union-attr]
+    sizes = {name: network.get_parameter(f"{name}.weight").numel() for name in names}
     double = sum(n for name, n in sizes.items() if name.startswith("double_blocks."))
     single = sum(n for name, n in sizes.items() if name.startswith("single_blocks."))
     blocks = [sum(p.numel() for p in b.parameters()) for b in network.blocks()]

@@ -123,7 +123,7 @@ def _simulated(step: SimulatedStep) -> Iterator[str]:
     yield f"  {'parameters, GiB':34}{_gib(step.parameters):>20}"
     yield f"  {'gradients, GiB':34}{_gib(step.gradients):>20}"
     yield f"  {'optimizer states, GiB':34}{_gib(step.optimizer):>20}"
-    yield f"  {'peak of forward and backward, GiB':34}{_gib(step.peak):>20}   without optimizer states, EMA and encoders"
+    yield f"  {'peak of forward and backward, GiB':34}{_gib(step.peak):>20}   of the student, without its states"
     yield f"  {'computed TFLOP':34}{step.flops / 1e12:>20.1f}"
     for (kind, ranks), whole in sorted(step.sent.items()):
         yield f"  {f'{kind} of {ranks} ranks, GB':34}{whole / 1e9:>20.2f}   of whole tensors"

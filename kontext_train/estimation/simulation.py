@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):
                 self.peak = max(self.peak, self.live)
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -147,18 +147,18 @@ def trace_parts(
     """
     layout, part = _layouts(shapes, pad_to, parallel.cp)
     with _fake_group(parallel.cp) as group, FakeTensorMode() as fake:
-        layout, part = _faked(fake, layout, part)
+        layout, mine = _faked(fake, layout, part)
         with _default_dtype(getattr(torch, parallel.param_dtype.value)):
             inside = attention if parallel.cp == 1 else ulysses(attention, group)
             network = Flux(replace(model, depth=1, depth_single_blocks=1), inside)
         double, single = network.double_blocks[0], network.single_blocks[0]
         dtype = network.img_in.weight.dtype
-        stream = (len(part.sample_of_img_I), part.txt_tokens)
+        stream = (len(mine.sample_of_img_I), mine.txt_tokens)
         vec_SD = torch.zeros(len(shapes), model.hidden_size, dtype=dtype, requires_grad=True)
         img_ID, txt_TD, x_ND = (
             torch.zeros(n, model.hidden_size, dtype=dtype, requires_grad=True) for n in (*stream, sum(stream))
         )
-        angles = rope(part.ids_N3, model.axes_dim, model.theta)
+        angles = rope(mine.ids_N3, model.axes_dim, model.theta)
         run_double, run_single = (checkpointed(block.forward, block, parallel) for block in (double, single))
         network.double_blocks, network.single_blocks = nn.ModuleList(), nn.ModuleList()
         if parallel.cp > 1:
@@ -166,8 +166,8 @@ def trace_parts(
         batch = _fake_batch(model, layout)
         formulas = _attention_formulas(shapes, model.hidden_size, parallel.cp)
         return Parts(
-            double=_cost(lambda: run_double(img_ID, txt_TD, vec_SD, angles, part), formulas),
-            single=_cost(lambda: (run_single(x_ND, vec_SD, angles, part),), formulas),
+            double=_cost(lambda: run_double(img_ID, txt_TD, vec_SD, angles, mine), formulas),
+            single=_cost(lambda: (run_single(x_ND, vec_SD, angles, mine),), formulas),
             ends=_cost(lambda: (_loss(network, batch),), formulas),
             batch=_batch_bytes(batch),
         )
@@ -226,7 +226,7 @@ def _faked(
 ) -> tuple[SequenceLayout, SequenceLayout]:
     """Layout and share without contents. A share is not computed anew from a layout that has none."""
 
-    def without_contents(of: Any) -> dict[str, Tensor]:
+    def without_contents(of: Any) -> dict[str, Any]:
         values = {f.name: getattr(of, f.name) for f in fields(of)}
         return {k: fake.from_tensor(v) for k, v in values.items() if isinstance(v, Tensor)}
 
@@ -357,7 +357,7 @@ def _ranks(args: Sequence[Any]) -> int:
         if isinstance(argument, torch.ScriptObject):
             return dist.ProcessGroup.unbox(argument).size()
         if isinstance(argument, str):
-            return dist.distributed_c10d._resolve_process_group(argument).size()
+            return dist.distributed_c10d._resolve_process_group(argument).size()  # type: ignore[arg-type]
     raise AssertionError(args)
 
 
