@@ -1,13 +1,13 @@
 """What the 12B needs on 8 to 1,024 H100s, predicted: `python -m benchmarks.scaling_table > docs/scaling.md`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from kontext_train.data.config import DataConfig
 from kontext_train.distributed.config import Checkpointing, ParallelConfig
 from kontext_train.estimation.config import Assumptions, ClusterConfig, Sample
 from kontext_train.estimation.estimate import Estimate, Setup, estimate, traced
-from kontext_train.estimation.memory import GIB
+from kontext_train.estimation.memory import GIB, PartCost
 from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.simulation import Parts
 from kontext_train.models.config import EncodersConfig, FluxConfig
@@ -50,11 +50,30 @@ class Row:
 
 
 class Tracer:
-    """Traces do not depend on the cluster: each is made once."""
+    """Traces do not depend on the cluster: few are made, and used for all."""
 
     def __init__(self) -> None:
         self.model = FluxConfig(guidance_embed=True)
-        self.parts: dict[tuple[Checkpointing, int, int], Parts] = {}
+        self.made: dict[tuple[Checkpointing, int, int], Parts] = {}
+
+    def parts(self, row: Row, policy: Checkpointing, samples: int) -> Parts:
+        """Traced for two and four samples; more of the same cost more in a straight line."""
+        if samples == 1:
+            return self.trace(row, policy, 1)
+        two, four = self.trace(row, policy, 2), self.trace(row, policy, 4)
+        costs = {
+            part: PartCost(*(_line(getattr(a, f.name), getattr(b, f.name), samples) for f in fields(PartCost)))
+            for part in ("double", "single", "ends")
+            for a, b in [(getattr(two, part), getattr(four, part))]
+        }
+        return Parts(**costs, batch=_line(two.batch, four.batch, samples))
+
+    def trace(self, row: Row, policy: Checkpointing, samples: int) -> Parts:
+        setup = self.setup(row, policy, samples)
+        key = (policy, samples, setup.parallel.cp)
+        if key not in self.made:
+            self.made[key] = traced(setup)
+        return self.made[key]
 
     def setup(self, row: Row, policy: Checkpointing, samples: int) -> Setup:
         parallel = ParallelConfig(activation_checkpointing=policy, compile=True, **row.parallel)  # type: ignore[arg-type]
@@ -65,10 +84,7 @@ class Tracer:
 
     def estimate(self, row: Row, policy: Checkpointing, samples: int, world: int) -> Estimate:
         setup = self.setup(row, policy, samples)
-        key = (policy, samples, setup.parallel.cp)
-        if key not in self.parts:
-            self.parts[key] = traced(setup)
-        return estimate(setup, ClusterConfig(world=world), self.parts[key])
+        return estimate(setup, ClusterConfig(world=world), self.parts(row, policy, samples))
 
     def largest(self, row: Row, policy: Checkpointing, world: int) -> int:
         """Most samples in a pack that fit; 0 if not even one does."""
@@ -76,6 +92,10 @@ class Tracer:
         while fitting < MOST and self.estimate(row, policy, fitting + 1, world).fits:
             fitting += 1
         return fitting
+
+
+def _line(at_two: int, at_four: int, samples: int) -> int:
+    return at_two + (at_four - at_two) * (samples - 2) // 2
 
 
 def rows(world: int) -> Iterator[Row]:
@@ -122,4 +142,4 @@ def line(tracer: Tracer, row: Row, policy: Checkpointing, world: int) -> str:
 
 if __name__ == "__main__":
     for text in table():
-        print(text)
+        print(text, flush=True)
