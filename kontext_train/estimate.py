@@ -42,7 +42,10 @@ def main(composed: DictConfig) -> None:
 def estimated(config: EstimateConfig) -> str:
     """The printout."""
     cluster = ClusterConfig(config.gpu, config.world, config.gpus_per_node, config.sample, config.assume)
-    replicate, shard, _ = config.parallel.mesh_shape(config.world)
+    replicate, shard, cp = config.parallel.mesh_shape(config.world)
+    if config.model.num_heads % cp:
+        rule = f"must divide model.num_heads={config.model.num_heads}, which the ranks of a sequence share out"
+        raise ConfigError("parallel.cp", cp, rule, "Use a divisor")
 
     from kontext_train.distributed.config import Checkpointing
     from kontext_train.estimation.estimate import Setup, estimate, traced, with_checkpointing

@@ -64,6 +64,7 @@ def test_shards_and_a_simulation(shards: Path) -> None:
         ("world=12", r"world=12: must be whole nodes of gpus_per_node=8"),
         ("parallel.dp_shard=3", r"dp_replicate, dp_shard, cp=\(1, 3, 1\)"),
         ("parallel.cp=5", r"parallel\.dp_replicate, dp_shard, cp"),
+        ("parallel.cp=8", r"parallel\.cp=8: must divide model\.num_heads=2"),
         ("assume.matmul=1.5", r"assume\.matmul=1\.5: is a share"),
         ("sample.contexts=-1", r"sample\.contexts=-1: must be at least 0"),
         ("data.tokens_per_pack=100", r"data\.tokens_per_pack=100: must hold the typical sample"),
