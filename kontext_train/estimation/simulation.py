@@ -4,8 +4,8 @@ Two simulations. `trace_parts` runs one block of each kind, and what lies around
 part keeps until backward, its peaks, its FLOPs and its memory traffic. `simulate_step` runs a whole sharded step on a
 process group of any size that moves nothing, under torch's own memory tracker. Both take seconds to minutes.
 
-All that torch calls private and this project uses for estimates is imported in this file; it was written for torch
-2.11 to 2.13.
+All that torch calls private and this project uses for estimates is imported in this file; it was written for and run on torch
+2.13.
 """
 
 import weakref
@@ -47,7 +47,7 @@ try:
 except ImportError as error:  # private names move
     raise ImportError(
         f"torch {torch.__version__} has moved a private part that estimates are simulated with ({error}). "
-        "Known to work: torch 2.11 to 2.13. Adapt kontext_train/estimation/simulation.py, the only user of them"
+        "It was written for torch 2.13. Adapt kontext_train/estimation/simulation.py, the only user of them"
     ) from error
 
 
