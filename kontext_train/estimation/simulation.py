@@ -2,10 +2,9 @@
 
 Two simulations. `trace_parts` runs one block of each kind, and what lies around the blocks, on fake tensors: what each
 part keeps until backward, its peaks, its FLOPs and its memory traffic. `simulate_step` runs a whole sharded step on a
-process group of any size that moves nothing, under torch's own memory tracker. Both take seconds to minutes.
+process group of any size that moves nothing. The first takes seconds, the second up to minutes.
 
-All that torch calls private and this project uses for estimates is imported in this file; it was written for and run on torch
-2.13.
+All that torch calls private and this project uses for estimates is imported in this file. It was run on torch 2.13.
 """
 
 import weakref
