@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from kontext_train.distributed.activation import check_keep_outputs, checkpointed
 from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.float8 import convert
+from kontext_train.distributed.recompiles import explained
 
 
 class HasBlocks(Protocol):
@@ -35,7 +36,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, stat
         check_keep_outputs(blocks, config)
     for block in blocks:
         forward = checkpointed(block.forward, block, config)
-        block.forward = _compiled(forward, static_tokens) if config.compile else forward
+        block.forward = _compiled(forward, type(block).__name__, static_tokens) if config.compile else forward
     shard(model, mesh, config, compute_dtype=config.param_dtype)
 
 
@@ -85,13 +86,13 @@ def _prefetch(blocks: list[FSDPModule], config: ParallelConfig) -> None:
             block.set_modules_to_backward_prefetch(blocks[max(0, i - config.prefetch_backward) : i][::-1])
 
 
-def _compiled(forward: Callable[..., Any], static_tokens: int | None) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], name: str, static_tokens: int | None) -> Callable[..., Any]:
     """A block's forward, compiled with symbolic lengths: the split between text and image changes from pack to pack.
 
     The function is compiled, not the module, so that FSDP's hooks stay outside; blocks of one kind share its code and
     with it one graph. A checkpoint inside of it is compiled with it.
     """
-    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+    compiled = explained(torch.compile(forward, fullgraph=True, dynamic=True), name)
 
     def run(*inputs: Any) -> Any:
         for tensor in _tensors(inputs):
