@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from kontext_train.distributed.activation import check_keep_outputs, checkpointed
 from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.float8 import convert
-from kontext_train.distributed.recompiles import explained
+from kontext_train.distributed.recompiles import GRAPHS_PER_FUNCTION, explained
 
 
 class HasBlocks(Protocol):
@@ -92,6 +92,7 @@ def _compiled(forward: Callable[..., Any], name: str, static_tokens: int | None)
     The function is compiled, not the module, so that FSDP's hooks stay outside; blocks of one kind share its code and
     with it one graph. A checkpoint inside of it is compiled with it.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
     compiled = explained(torch.compile(forward, fullgraph=True, dynamic=True), name)
 
     def run(*inputs: Any) -> Any:

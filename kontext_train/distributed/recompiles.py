@@ -16,8 +16,9 @@ from typing import Any
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import CompilationMetrics, get_compilation_metrics
 
-# A kind of block is called with and without gradients, by trained and by frozen roles; they share its code.
-GRAPHS_PER_FUNCTION = 6
+# A kind of block is called with and without gradients, by trained and by frozen roles, in packs of the padded length
+# and of others; all share its code, and behind a checkpoint all kinds of block share one.
+GRAPHS_PER_FUNCTION = 16
 REMEDY = (
     "Keep constant what a block is given (shapes, Python values, grad mode), mark as dynamic what must vary, or set "
     "parallel.compile=false. TORCH_LOGS=recompiles tells more"

@@ -17,7 +17,7 @@ from kontext_train.models.layers import (
     MLPEmbedder,
     Modulation,
     SingleStreamBlock,
-    reorder,
+    join,
     rope,
     sinusoidal_embedding,
 )
@@ -79,7 +79,7 @@ class Flux(nn.Module):
         angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
         for block in self.double_blocks:
             img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
-        x_ND = reorder(torch.cat([txt_TD, img_ID]), layout.joint_N, layout.stream_N)
+        x_ND = join(txt_TD, img_ID, layout)
         for block in self.single_blocks:
             x_ND = block(x_ND, vec_SD, angles, layout)
         x_MD = x_ND.index_select(0, layout.target_in_joint_M)
