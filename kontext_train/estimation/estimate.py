@@ -49,6 +49,8 @@ class Estimate:
     collectives: tuple[Collective, ...]
     useful_flops: float  # three times forward
     computed_flops: float  # recomputation included
+    recomputed_flops: float  # of the blocks, by activation checkpointing
+    kept: tuple[int, int]  # bytes that a double-stream and a single-stream block keep for backward
     time: StepTime
     fits: bool
     free: float  # bytes left beside the reserve; negative if it does not fit
@@ -80,12 +82,20 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
         collectives=sent,
         useful_flops=useful,
         computed_flops=work.matrix_flops + work.float8_flops + work.attention_flops,
+        recomputed_flops=_recomputed(setup, parts) * setup.microbatches,
+        kept=(parts.double.kept, parts.single.kept),
         time=time,
         fits=free >= 0,
         free=free,
         samples_per_s=setup.mix.samples * setup.microbatches / parallel.cp / time.total,
         mfu=useful / time.total / (gpu.bfloat16_tflops * 1e12),
     )
+
+
+def _recomputed(setup: Setup, parts: Parts) -> float:
+    """A backward pass costs twice its forward pass; what it costs beyond that is forward again."""
+    double, single = (p.backward_flops - 2 * p.forward_flops for p in (parts.double, parts.single))
+    return setup.model.depth * double + setup.model.depth_single_blocks * single
 
 
 def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:

@@ -85,6 +85,10 @@ def _memory(
         ("left", [_gib(e.free) for e in values], ""),
         ("fits", ["yes" if e.fits else "NO" for e in values], ""),
     ]
+    kinds = ("double", "single")
+    rows += [
+        (f"kept by a {kind}-stream block", [_gib(e.kept[i]) for e in values], "traced") for i, kind in enumerate(kinds)
+    ]
     if any(e.host for e in values):
         rows.append(("in the host's memory", [_gib(e.host) for e in values], "formula"))
     yield from _table("memory of one GPU, GiB", policy, estimates, rows)
@@ -95,6 +99,7 @@ def _speed(policy: Checkpointing, setup: Setup, estimates: Mapping[Checkpointing
     rows = [
         ("useful TFLOP", [f"{e.useful_flops / 1e12:.1f}" for e in values], "formula: three times forward"),
         ("computed TFLOP", [f"{e.computed_flops / 1e12:.1f}" for e in values], "traced: recomputation included"),
+        ("of it recomputed in blocks", [f"{e.recomputed_flops / 1e12:.1f}" for e in values], "traced"),
     ]
     rows += [
         (label, [f"{getattr(e.time, name):.3f}" for e in values], "roofline") for name, label in TIME_LINES.items()

@@ -129,7 +129,7 @@ NOT_COUNTED = -1
 
 def fused_attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Stands for FlashAttention in a simulation: keeps q, k, v, the output and one number for each token and head."""
-    out_NHD, _ = torch.ops.kontext_train.cpu_attention(q_NHD, k_NHD, v_NHD, cu_seqlens)
+    out_NHD, _ = torch.ops.kontext_train.cpu_attention(q_NHD, k_NHD, v_NHD, cu_seqlens, max_seqlen)
     return out_NHD
 
 
