@@ -16,7 +16,7 @@ from kontext_train.data.config import DataConfig
 from kontext_train.distributed.config import ParallelConfig, Precision
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import EncodersConfig, FluxConfig, block_linears
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     EMAConfig,
@@ -95,15 +95,28 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def check(config: TrainConfig, world_size: int) -> None:
-    """Relations between rooms, and everything outside that a run needs. Raises ConfigError by dotted key."""
+def check_relations(config: TrainConfig, world_size: int) -> None:
+    """Relations between rooms, whatever lies on disk. Raises ConfigError by dotted key."""
     config.parallel.mesh_shape(world_size)
+    config.parallel.check_keep_outputs(block_linears(config.model))
     if config.model.num_heads % config.parallel.cp:
         rule = f"must divide model.num_heads={config.model.num_heads}, which the ranks of a sequence share out"
         raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use a divisor")
     if config.data.pad_packs and config.data.tokens_per_pack % config.parallel.cp:
         rule = f"must be a multiple of parallel.cp={config.parallel.cp}, so that all ranks have equal parts"
         raise ConfigError("data.tokens_per_pack", config.data.tokens_per_pack, rule, "Round it")
+    _check_master_dtype(config)
+    if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
+        rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
+        raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
+    if config.schedule.warmup_steps > config.run.steps:
+        rule = f"must not exceed run.steps={config.run.steps}"
+        raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
+
+
+def check(config: TrainConfig, world_size: int) -> None:
+    """All relations, and everything outside that a run needs. Raises ConfigError by dotted key."""
+    check_relations(config, world_size)
     side = config.encoders.pixels_per_token()
     if config.data.max_pixels < side**2:
         rule = f"must hold at least one token of {side} x {side} pixels"
@@ -112,13 +125,6 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
-    _check_master_dtype(config)
-    if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
-        rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
-        raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
-    if config.schedule.warmup_steps > config.run.steps:
-        rule = f"must not exceed run.steps={config.run.steps}"
-        raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
     if config.weights.student is not None and not Path(config.weights.student).exists():
         raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
     for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):

@@ -7,7 +7,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from kontext_train.config import TrainConfig, register_schemas, typed
+from kontext_train.config import TrainConfig, check_relations, register_schemas, typed
 from kontext_train.errors import ConfigError
 from kontext_train.estimation.config import GPU, Assumptions, ClusterConfig, Sample
 
@@ -42,10 +42,8 @@ def main(composed: DictConfig) -> None:
 def estimated(config: EstimateConfig) -> str:
     """The printout."""
     cluster = ClusterConfig(config.gpu, config.world, config.gpus_per_node, config.sample, config.assume)
-    replicate, shard, cp = config.parallel.mesh_shape(config.world)
-    if config.model.num_heads % cp:
-        rule = f"must divide model.num_heads={config.model.num_heads}, which the ranks of a sequence share out"
-        raise ConfigError("parallel.cp", cp, rule, "Use a divisor")
+    check_relations(config, config.world)
+    replicate, shard, _ = config.parallel.mesh_shape(config.world)
 
     from kontext_train.distributed.config import Checkpointing
     from kontext_train.estimation.estimate import Setup, estimate, traced, with_checkpointing

@@ -1,6 +1,7 @@
 """kontext-train: one run from configuration to last checkpoint. Read it from top to bottom."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
-from kontext_train.distributed.config import world_size_from_environment
+from kontext_train.distributed.config import Reshard, world_size_from_environment
 from kontext_train.errors import ConfigError
 
 REQUEUE = 75  # exit status of a run that a signal stopped and that can be resumed (sysexits' EX_TEMPFAIL)
@@ -121,7 +122,7 @@ def train(config: TrainConfig) -> None:
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device)
         if config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
-            shard(encoders.text, world.mesh, config.parallel)
+            shard(encoders.text, world.mesh, replace(config.parallel, reshard_after_forward=Reshard.always))
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
         if world.cp_group is not None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kontext_train.distributed.config import Checkpointing, ParallelConfig
-from kontext_train.errors import ConfigError
 
 # Operators that are kept by name. Every attention backend has one of these words in its operator's name.
 _OPERATORS = {"attention": re.compile("attention|attn"), "all_to_all": re.compile("all_to_all")}
@@ -37,28 +36,10 @@ def checkpointed(forward: Callable[..., Any], block: nn.Module, config: Parallel
     return run
 
 
-def check_keep_outputs(blocks: list[nn.Module], config: ParallelConfig) -> None:
-    """ConfigError if a name in keep_outputs fits nothing, or cannot be told from another layer by its shape."""
-    linears = {name for block in blocks for name, _ in _linears(block)}
-    for name in config.keep_outputs:
-        if name not in _OPERATORS and not any(linear.endswith(name) for linear in linears):
-            known = f"Known: {', '.join([*_OPERATORS, *sorted(linears)])}"
-            raise ConfigError("parallel.keep_outputs", config.keep_outputs, f"{name!r} fits no layer", known)
-    for block in blocks:
-        kept = _kept_shapes(block, config.keep_outputs)
-        for linear, shape in _linears(block):
-            if shape in kept and not linear.endswith(tuple(config.keep_outputs)):
-                rule = f"{linear} has the shape of a kept layer, {shape}, and would be kept with it"
-                raise ConfigError("parallel.keep_outputs", config.keep_outputs, rule, f"Name {linear} too")
-
-
-def _linears(block: nn.Module) -> list[tuple[str, tuple[int, int]]]:
-    return [(n, (m.in_features, m.out_features)) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-
-
 def _kept_shapes(block: nn.Module, keep: list[str]) -> frozenset[tuple[int, int]]:
-    """Inside a block, a linear layer is known by the shape of its weight."""
-    return frozenset(shape for name, shape in _linears(block) if name.endswith(tuple(keep)))
+    """Inside a block, a linear layer is known by the shape of its weight: ParallelConfig.check_keep_outputs."""
+    linears = ((name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear))
+    return frozenset((m.in_features, m.out_features) for name, m in linears if name.endswith(tuple(keep)))
 
 
 def _policy(

@@ -1,6 +1,7 @@
 """Choices of this room. Torch-free."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,6 +34,10 @@ class Float8(Enum):
     mxfp8 = "mxfp8"  # a scale for each 32 values, on Blackwell
 
 
+KEPT = ["attention", "mlp.2", "linear2"]  # they save the most arithmetic for their bytes: docs/parallel.md
+KEPT_OPERATORS = ("attention", "all_to_all")  # names in keep_outputs that are not of linear layers
+
+
 @dataclass(slots=True)
 class ParallelConfig:
     dp_replicate: int = 1  # copies of the sharded model (HSDP)
@@ -48,8 +53,7 @@ class ParallelConfig:
     shard_encoders: bool = True  # spread the frozen text encoders over the ranks too
     activation_checkpointing: Checkpointing = Checkpointing.none
     # What `selective` keeps: "attention", "all_to_all" (of cp), and linear layers by the end of their released names.
-    # These three save the most arithmetic for their bytes: docs/parallel.md
-    keep_outputs: list[str] = field(default_factory=lambda: ["attention", "mlp.2", "linear2"])
+    keep_outputs: list[str] = field(default_factory=KEPT.copy)
     compile: bool = False  # compile each kind of block once
     float8: Float8 = Float8.none  # of the blocks' matrix products, by torchao: pip install kontext-train[float8]
     float8_min_features: int = 2048  # smaller sides of a matrix do not pay on an H100
@@ -72,8 +76,33 @@ class ParallelConfig:
         if self.float8 is Float8.tensorwise and self.cpu_offload:
             rule = "needs its scales where the weights are gathered, and cpu_offload keeps both in host memory"
             raise ConfigError("parallel.float8", "tensorwise", rule, "Use rowwise, or cpu_offload=false")
+        if self.activation_checkpointing is not Checkpointing.selective and self.keep_outputs != KEPT:
+            rule = f"has no effect with activation_checkpointing={self.activation_checkpointing.value}"
+            raise ConfigError(
+                "parallel.keep_outputs", self.keep_outputs, rule, "Set activation_checkpointing=selective"
+            )
+        if "all_to_all" in self.keep_outputs and self.cp == 1:
+            raise ConfigError("parallel.keep_outputs", self.keep_outputs, "all_to_all needs cp > 1", "Leave it out")
         if self.timeout_s < 1:
             raise ConfigError("parallel.timeout_s", self.timeout_s, "must be at least 1", "600 is ten minutes")
+
+    def check_keep_outputs(self, blocks: Sequence[Mapping[str, tuple[int, int]]]) -> None:
+        """ConfigError if a name fits nothing, or a layer that is not named has the shape of one that is.
+
+        blocks: of each kind of block, its linear layers by name, as (in, out) features.
+        """
+        key, keep = "parallel.keep_outputs", tuple(self.keep_outputs)
+        linears = {name for block in blocks for name in block}
+        for name in keep:
+            if name not in KEPT_OPERATORS and not (name and any(linear.endswith(name) for linear in linears)):
+                known = f"Known: {', '.join([*KEPT_OPERATORS, *sorted(linears)])}"
+                raise ConfigError(key, self.keep_outputs, f"{name!r} fits no layer", known)
+        for block in blocks:
+            kept = {shape for linear, shape in block.items() if linear.endswith(keep)}
+            for linear, shape in block.items():
+                if shape in kept and not linear.endswith(keep):
+                    rule = f"{linear} has the shape of a kept layer, {shape}, and would be kept with it"
+                    raise ConfigError(key, self.keep_outputs, rule, f"Name {linear} too")
 
     @property
     def heartbeat_s(self) -> float:

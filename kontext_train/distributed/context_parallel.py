@@ -9,6 +9,7 @@ Legend: R ranks of the group, n tokens of a rank, N = R n, H heads, C head size.
 
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -54,11 +55,12 @@ def split_sequence(model: nn.Module, group: dist.ProcessGroup) -> None:
     computed alike on all ranks of the group gives each of them its share of the gradient of every weight.
     """
     plain, rank, ranks = model.forward, group.rank(), group.size()
+    parts: WeakKeyDictionary[Layout, Part] = WeakKeyDictionary()  # validation and sampling run one layout many times
 
     def forward(
         img_IC: Tensor, txt_TE: Tensor, vec_SP: Tensor, t_S: Tensor, layout: Layout, guidance_S: Tensor | None = None
     ) -> Tensor:
-        part = layout.part(rank, ranks)
+        part = parts.get(layout) or parts.setdefault(layout, layout.part(rank, ranks))
         img_iC = nn.functional.pad(img_IC, (0, 0, 0, part.added_padding))[part.img_I]
         v_mC = plain(img_iC, txt_TE[part.txt_T], vec_SP, t_S, part.layout, guidance_S)
         v_MC = _Assembled.apply(v_mC, part.target_M, layout.targets, group)
@@ -95,7 +97,7 @@ def all_tokens(x_nHX: Tensor, group: str) -> Tensor:
     sent = x_nHX.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()  # [R, n, h, X]: row r goes to rank r
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=_groups[group])
-    return received.transpose(0, 1).flatten(0, 1)
+    return received.transpose(0, 1).flatten(0, 1).contiguous()
 
 
 @torch.library.custom_op("kontext_train::all_to_all_heads", mutates_args=())
@@ -105,7 +107,7 @@ def all_heads(x_NhX: Tensor, group: str) -> Tensor:
     sent = x_NhX.unflatten(0, (-1, ranks)).transpose(0, 1).contiguous()  # [R, n, h, X]
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=_groups[group])
-    return received.transpose(0, 1).flatten(1, 2)
+    return received.transpose(0, 1).flatten(1, 2).contiguous()  # of one head a rank, flatten makes a view
 
 
 @all_tokens.register_fake

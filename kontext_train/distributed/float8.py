@@ -67,7 +67,11 @@ def convert(model: nn.Module, config: ParallelConfig) -> None:
     check_hardware(config)
     if config.float8 is Float8.none:
         return
-    for name in converted_linears(model, config):
+    names = converted_linears(model, config)
+    if not names:
+        rule = f"fits no linear of this model: float8_min_features={config.float8_min_features} leaves none"
+        raise ConfigError("parallel.float8", config.float8.value, rule, "Lower it, or use parallel.float8=none")
+    for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         model.set_submodule(name, _mxfp8(linear, config) if config.float8 is Float8.mxfp8 else _float8(linear, config))

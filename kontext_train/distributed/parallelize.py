@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from kontext_train.distributed.activation import check_keep_outputs, checkpointed
-from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.activation import checkpointed
+from kontext_train.distributed.config import ParallelConfig, Precision, Reshard
 from kontext_train.distributed.float8 import convert
 from kontext_train.distributed.recompiles import GRAPHS_PER_FUNCTION, explained
 
@@ -26,14 +26,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, stat
 
     Gradients are summed over ranks, not averaged: the loss already carries the global mean (PackedBatch.weight_S).
     static_tokens: a length that sequences (nearly) always have, for which compiled blocks are specialised; any other
-    length shares one more graph. Raises ConfigError for a parallel.keep_outputs that fits no layer.
+    length shares one more graph.
     """
     if config.master_dtype is Precision.bfloat16:
         model.to(torch.bfloat16)
     convert(model, config)
     blocks = list(cast(HasBlocks, model).blocks())
-    if config.activation_checkpointing is Checkpointing.selective:
-        check_keep_outputs(blocks, config)
     for block in blocks:
         forward = checkpointed(block.forward, block, config)
         block.forward = _compiled(forward, type(block).__name__, static_tokens) if config.compile else forward
@@ -41,7 +39,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, stat
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: Precision | None = None) -> None:
-    """Only fully_shard, block by block: all that a frozen network needs. compute_dtype: None leaves it as stored."""
+    """Only fully_shard, block by block: all that a frozen network needs.
+
+    compute_dtype: None leaves weights as stored. Without a backward pass to come, nothing should stay gathered:
+    give a frozen network a config with Reshard.always.
+    """
     blocks = list(cast(HasBlocks, model).blocks())
     dtype = None if compute_dtype is None else getattr(torch, compute_dtype.value)
     policy = MixedPrecisionPolicy(

@@ -88,7 +88,10 @@ def explained(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def _limit_hit(name: str) -> str:
     past = get_compilation_metrics()
-    frame = _frame(next(m for m in reversed(past) if m.fail_type == FailOnRecompileLimitHit.__name__))
+    failed = [m for m in past if m.fail_type == FailOnRecompileLimitHit.__name__]
+    if not failed:  # torch remembers 64 compilations
+        return f"{name} has as many graphs as torch allows. {REMEDY}"
+    frame = _frame(failed[-1])
     same = {m.compile_id: m for m in past if _frame(m) == frame and m.is_forward is not False}.values()
     reasons = [m.recompile_reason for m in same if m.recompile_reason]
     graphs = sum(bool(m.has_guarded_code) for m in same)

@@ -25,6 +25,9 @@ class Sample:
         for key, least in (("height", 1), ("width", 1), ("contexts", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"sample.{key}", getattr(self, key), f"must be at least {least}", f"Use {least}")
+            if key != "contexts" and getattr(self, key) % 16:
+                rule = "must be whole tokens of 16 x 16 pixels"
+                raise ConfigError(f"sample.{key}", getattr(self, key), rule, "Use a multiple of 16")
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """From a run's options and a cluster to what one GPU will hold, receive and compute in a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kontext_train.distributed.config import Checkpointing, Float8, ParallelConfig, Precision, Reshard
-from kontext_train.distributed.float8 import converted_linears
+from kontext_train.distributed.float8 import CAPABILITY, converted_linears
 from kontext_train.errors import ConfigError
 from kontext_train.estimation import encoders as released
 from kontext_train.estimation.config import ClusterConfig
@@ -71,8 +71,14 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
         *_optimizer_collectives(setup, network, sharding),
     )
     work = _work(setup, parts, everything)
-    if work.float8_flops and gpu.float8_tflops is None:
-        raise ConfigError("parallel.float8", parallel.float8.value, f"has no units on an {cluster.gpu.value}", "none")
+    if parallel.float8 is not Float8.none:
+        if gpu.capability < CAPABILITY[parallel.float8]:
+            raise ConfigError(
+                "parallel.float8", parallel.float8.value, f"has no units on an {cluster.gpu.value}", "none"
+            )
+        if not work.float8_flops:
+            rule = f"fits no linear of this model: float8_min_features={parallel.float8_min_features} leaves none"
+            raise ConfigError("parallel.float8", parallel.float8.value, rule, "Lower it, or use none")
     time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
     useful = 3 * setup.mix.forward_flops * setup.microbatches / parallel.cp
     free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
@@ -125,7 +131,7 @@ def network_of(model: FluxConfig, parallel: ParallelConfig, world: int, parts: P
 def sharding_of(model: FluxConfig, parallel: ParallelConfig, world: int) -> Sharding:
     replicate, shard, cp = parallel.mesh_shape(world)
     weight = BYTES[parallel.param_dtype]
-    in_float8 = _float8_share(model, parallel) if parallel.float8 is Float8.tensorwise else 0.0
+    in_float8 = _float8_share(model, parallel, of_products=False) if parallel.float8 is Float8.tensorwise else 0.0
     return Sharding(
         shards=shard * cp,
         replicas=replicate,
@@ -207,7 +213,7 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     flops = sum(n * (c.forward_flops + c.backward_flops) for c, n in costs)
     attention = sum(n * c.attention_flops for c, n in costs)
     in_blocks = flops - attention - parts.ends.forward_flops - parts.ends.backward_flops
-    in_float8 = in_blocks if setup.parallel.float8 is not Float8.none else 0
+    in_float8 = in_blocks * _float8_share(model, setup.parallel, of_products=True)
     pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2
     encoding = released.encoding_flops(len(setup.mix.largest), setup.encoders.t5_tokens, pixels)
     state = memory.parameters + memory.optimizer + memory.ema  # read and written; gradients also for their norm
@@ -228,17 +234,24 @@ def _optimizer_collectives(setup: Setup, network: Network, sharding: Sharding) -
         yield Collective("all-to-all of Muon", sharding.shards, 1, (2 + 4) * local, hidden=False)
 
 
-def _float8_share(model: FluxConfig, parallel: ParallelConfig) -> float:
-    """Share of all parameters that are weights of products in float8."""
+def _float8_share(model: FluxConfig, parallel: ParallelConfig, *, of_products: bool) -> float:
+    """Share of all parameters, or of those that multiply every token in the blocks, that do it in float8."""
+    if parallel.float8 is Float8.none:
+        return 0.0
     network = _meta(model)
-    names = converted_linears(network, parallel)
-    sizes = {name: network.get_parameter(f"{name}.weight").numel() for name in names}
-    double = sum(n for name, n in sizes.items() if name.startswith("double_blocks."))
-    single = sum(n for name, n in sizes.items() if name.startswith("single_blocks."))
+
+    def in_all_blocks(names: Iterable[str]) -> int:
+        sizes = {name: network.get_parameter(f"{name}.weight").numel() for name in names}
+        double = sum(n for name, n in sizes.items() if name.startswith("double_blocks."))
+        return model.depth * double + model.depth_single_blocks * (sum(sizes.values()) - double)
+
+    converted = in_all_blocks(converted_linears(network, parallel))
+    if of_products:
+        products = {id(linear) for linear in network.token_linears()}
+        return converted / in_all_blocks(name for name, m in network.named_modules() if id(m) in products)
     blocks = [sum(p.numel() for p in b.parameters()) for b in network.blocks()]
     whole = sum(p.numel() for p in network.parameters()) - sum(blocks)
-    whole += model.depth * blocks[0] + model.depth_single_blocks * blocks[1]
-    return (model.depth * double + model.depth_single_blocks * single) / whole
+    return converted / (whole + model.depth * blocks[0] + model.depth_single_blocks * blocks[1])
 
 
 def _meta(model: FluxConfig) -> Flux:

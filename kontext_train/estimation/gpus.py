@@ -13,11 +13,12 @@ class DataSheet:
     hbm_gb_per_s: float
     nvlink_gb_per_s: float  # one direction
     network_gb_per_s: float  # one direction, of one card
+    capability: tuple[int, int]
 
 
 DATA_SHEETS = {
-    GPU.h100: DataSheet(79.1, 989, 1979, 3350, 450, 50),  # SXM5
-    GPU.h200: DataSheet(139.7, 989, 1979, 4800, 450, 50),
-    GPU.b200: DataSheet(178.3, 2250, 4500, 8000, 900, 50),
-    GPU.a100: DataSheet(79.2, 312, None, 2039, 300, 25),  # SXM4, 80 GB
+    GPU.h100: DataSheet(79.1, 989, 1979, 3350, 450, 50, (9, 0)),  # SXM5
+    GPU.h200: DataSheet(139.7, 989, 1979, 4800, 450, 50, (9, 0)),
+    GPU.b200: DataSheet(178.3, 2250, 4500, 8000, 900, 50, (10, 0)),
+    GPU.a100: DataSheet(79.2, 312, None, 2039, 300, 25, (8, 0)),  # SXM4, 80 GB
 }

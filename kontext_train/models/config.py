@@ -73,6 +73,14 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
 
+def block_linears(config: FluxConfig) -> list[dict[str, tuple[int, int]]]:
+    """(in, out) features of the linear layers of a double-stream and of a single-stream block, by name."""
+    d, mlp = config.hidden_size, config.mlp_hidden
+    stream = {"mod.lin": (d, 6 * d), "attn.qkv": (d, 3 * d), "attn.proj": (d, d), "mlp.0": (d, mlp), "mlp.2": (mlp, d)}
+    double = {f"{kind}_{name}": shape for kind in ("img", "txt") for name, shape in stream.items()}
+    return [double, {"linear1": (d, 3 * d + mlp), "linear2": (d + mlp, d), "modulation.lin": (d, 3 * d)}]
+
+
 class EncoderDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kontext_train.distributed.activation import check_keep_outputs, checkpointed
+from kontext_train.distributed.activation import checkpointed
 from kontext_train.distributed.config import Checkpointing, ParallelConfig
 from kontext_train.errors import ConfigError
-from kontext_train.models.config import FluxConfig
+from kontext_train.models.config import FluxConfig, block_linears
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
 from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_sample
@@ -124,16 +125,35 @@ def test_bytes_kept_are_the_outputs_named(keep: list[str]) -> None:
     assert full < full + expected < none
 
 
-def blocks_of(**changes: Any) -> list[torch.nn.Module]:
-    return list(random_flux(**changes).blocks())
+TINY_LINEARS = block_linears(TINY)
 
 
-def test_a_name_that_fits_no_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.keep_outputs=.*'attn.kqv' fits no layer.*img_attn\.qkv"):
-        check_keep_outputs(blocks_of(), ParallelConfig(keep_outputs=["attn.kqv"]))
-    check_keep_outputs(blocks_of(), ParallelConfig(keep_outputs=ALL_LINEARS))
+def test_linears_of_blocks_are_known_without_building_them() -> None:
+    for block, expected in zip(
+        (random_flux().double_blocks[0], random_flux().single_blocks[0]), TINY_LINEARS, strict=True
+    ):
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert {n: (m.in_features, m.out_features) for n, m in linears.items()} == expected
+
+
+def selective(keep: list[str]) -> ParallelConfig:
+    return ParallelConfig(activation_checkpointing=Checkpointing.selective, keep_outputs=keep)
+
+
+@pytest.mark.parametrize("name", ["attn.kqv", ""])
+def test_a_name_that_fits_no_layer_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"parallel\.keep_outputs=.*'{name}' fits no layer.*img_attn\.qkv"):
+        selective([name]).check_keep_outputs(TINY_LINEARS)
+    selective(ALL_LINEARS).check_keep_outputs(TINY_LINEARS)
 
 
 def test_layers_that_shape_cannot_tell_apart_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"mlp\.0 has the shape of a kept layer.*Name img_mlp\.0 too"):
-        check_keep_outputs(blocks_of(mlp_ratio=3.0), ParallelConfig(keep_outputs=["attn.qkv"]))
+        selective(["attn.qkv"]).check_keep_outputs(block_linears(replace(TINY, mlp_ratio=3.0)))
+
+
+def test_names_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"keep_outputs.*no effect with activation_checkpointing=full"):
+        ParallelConfig(activation_checkpointing=Checkpointing.full, keep_outputs=["attention"])
+    with pytest.raises(ConfigError, match="all_to_all needs cp > 1"):
+        selective(["all_to_all"])

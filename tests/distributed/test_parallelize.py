@@ -16,6 +16,7 @@ from kontext_train.distributed.context_parallel import split_sequence, ulysses
 from kontext_train.distributed.parallelize import parallelize, reshard, shard
 from kontext_train.distributed.setup import World, process_group
 from kontext_train.models.attention import cpu_attention
+from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.weights import assign, initialise
@@ -23,6 +24,7 @@ from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_samp
 from tests.runs import ENCODERS, in_processes
 
 FLOAT32 = {"param_dtype": Precision.float32}
+FOUR_HEADS = replace(TINY, num_heads=4, axes_dim=[4, 4, 4])
 
 
 def sharded_copy(reference: Flux, config: ParallelConfig, world: World, static_tokens: int | None = None) -> Flux:
@@ -46,9 +48,9 @@ def gradients(model: Flux, packed: Any) -> tuple[torch.Tensor, dict[str, torch.T
     return v_MC, {k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in grads.items() if g is not None}
 
 
-def check_against_plain(config: ParallelConfig, tolerance: float) -> None:
+def check_against_plain(config: ParallelConfig, tolerance: float, flux: FluxConfig = FOUR_HEADS) -> None:
     torch.manual_seed(0)
-    reference = random_flux(FOUR_HEADS)
+    reference = random_flux(flux)
     packed = pack([random_sample(s) for s in SHAPES])
     expected_v, expected = gradients(reference, packed)
     with process_group(config) as world:
@@ -65,7 +67,6 @@ def check_against_plain(config: ParallelConfig, tolerance: float) -> None:
         assert error <= tolerance, (name, error)
 
 
-FOUR_HEADS = replace(TINY, num_heads=4, axes_dim=[4, 4, 4])
 MESHES = {
     "one": (1, {}),
     "fsdp": (2, {}),
@@ -91,7 +92,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parallel_gradients_equal_plain(mesh: str, checkpointing: Checkpointing, compiled: bool) -> None:
     ranks, sizes = MESHES[mesh]
     config = ParallelConfig(**FLOAT32, **sizes, activation_checkpointing=checkpointing, compile=compiled)
-    in_processes(ranks, check_against_plain, config, 1e-5)
+    in_processes(ranks, check_against_plain, config, 1e-5, TINY)  # of two heads: with cp=2, one for each rank
 
 
 @pytest.mark.parametrize("mesh", ["one", "cp4", "fsdp+cp", "hsdp+cp"])
@@ -242,9 +243,10 @@ def check_text_encoders() -> None:
     plain, sharded = (TextEncoders(ENCODERS, 12, torch.float32) for _ in range(2))
     prompts = ["paint it red", "", "a blue square"]
     with process_group(ParallelConfig()) as world:
-        shard(sharded, world.mesh, ParallelConfig())
+        shard(sharded, world.mesh, ParallelConfig(reshard_after_forward=Reshard.always))
         expected, actual = plain(prompts), sharded(prompts)
-        held = sum(p.to_local().numel() for p in sharded.parameters() if isinstance(p, DTensor))
+        assert all(isinstance(p, DTensor) for p in sharded.parameters()), "some are still gathered"
+        held = sum(p.to_local().numel() for p in sharded.parameters())
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     total = sum(p.numel() for p in plain.parameters())
     assert held <= 0.52 * total, "every parameter is sharded, up to uneven ends"

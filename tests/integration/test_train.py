@@ -60,6 +60,19 @@ def test_two_processes_equal_one_on_the_same_global_batch(
     assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_run_and_compiles_little(shards: Path, tmp_path: Path) -> None:
+    """With the real compiler, padded packs and recomputation."""
+    options = ("run.steps=2", "data.pad_packs=true", "parallel.activation_checkpointing=selective")
+    run(small_config(shards, tmp_path / "eager", *options))
+    run(small_config(shards, tmp_path / "compiled", *options, "parallel.compile=true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    records = read_metrics(tmp_path / "compiled" / "metrics.jsonl")
+    graphs = [r["compile/graphs"] for r in records if "compile/graphs" in r]
+    assert len(graphs) == 2
+    assert 2 <= graphs[-1] <= 4  # two kinds of block, and a pack of one sample has graphs of its own
+
+
 def test_half_the_global_batch_differs(shards: Path, straight: Path, tmp_path: Path) -> None:
     """Negative control of the test above."""
     run(small_config(shards, tmp_path, *TEN_STEPS))
