@@ -201,6 +201,7 @@ async def _get_s3(system: Any, url: str, span: Span) -> _Answer:
     from botocore.exceptions import ClientError, NoCredentialsError
 
     bucket, key, _ = system.split_path(url)
+    await system.set_session()
     client = await system.get_s3(bucket)
     try:
         answer = await client.get_object(Bucket=bucket, Key=key, Range=_range(span), **system.req_kw)
