@@ -34,7 +34,7 @@ class RangeCache:
         try:
             entry = path.read_bytes()
             os.utime(path)  # its last use, which eviction goes by
-        except FileNotFoundError:
+        except OSError:  # it is not here, or the disk fails
             return None
         raw = entry[:-_CHECKSUM_BYTES]
         if len(raw) != span.size or _checksum(raw) != entry[-_CHECKSUM_BYTES:]:

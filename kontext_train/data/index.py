@@ -123,7 +123,7 @@ def _build_remote(url: str, out: Path | None, workers: int, storage: StorageConf
         raise ValueError(f"{url}/ has no shards: its listing shows no *.tar (uncompressed). {_MAKE}")
     place = out or scratch_folder(storage) / f"{_name_of(url)}.build"
     place.mkdir(parents=True, exist_ok=True)
-    if out is None and INDEX_NAME in names:
+    if out is None and INDEX_NAME in names and not (place / INDEX_NAME).exists():  # it does if an upload failed
         remote.download(remote.look([f"{url}/{INDEX_NAME}"])[0], place / INDEX_NAME)
     files = {file.path[len(url) + 1 :]: file for file in described}
     header = {"base": url if out else None, "whole_folder": True}
@@ -336,10 +336,13 @@ def _local_copy(url: str, storage: StorageConfig | None) -> Path:
     except StorageError as error:
         raise StorageError(f"{error}. If there is no index yet, {_run(url)}") from error
     copy = scratch_folder(storage) / f"{_name_of(url)}-{_name_of(repr(file))}.arrow"
-    with open(copy.with_suffix(".lock"), "w") as lock:
+    with open(copy.parent / f"{_name_of(url)}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the one that copies it
         if not copy.exists():
             remote.download(file, copy)
+        for older in copy.parent.glob(f"{_name_of(url)}-*.arrow"):
+            if older != copy:
+                older.unlink()  # whoever has mapped it keeps it
     return copy
 
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 _PART_BYTES = 16 << 20  # large files come in parts, so that a time-out means the same for all
 _PARTS_AT_ONCE = 4
 _LONGEST_WAIT_S = 60.0
-_HOPELESS = (400, 401, 403, 404, 405, 410, 416)  # HTTP statuses that asking again does not mend
+_HOPELESS = (400, 401, 403, 404, 405, 410)  # HTTP statuses that asking again does not mend
 _AHEAD_BYTES = 16 << 10  # nearly every image says its size within this
 _BLOCKS = 64  # a sample is measured when all its headers were seen; more context images than this cost requests
 _UNKNOWN = -1  # bytes of a file that was not looked at yet
@@ -38,7 +38,7 @@ _jitter = SystemRandom()  # DataLoader gives the workers of all ranks the same s
 
 
 class _Answer(NamedTuple):
-    """What a server sent for a range request."""
+    """What a server sent for a range request; nothing, where the file ends before the range."""
 
     raw: bytes
     first: int
@@ -104,7 +104,10 @@ class RemoteShards:
 
     def upload(self, path: Path, url: str) -> None:
         """A local file to S3, where it appears when it is complete."""
-        self._system(url).put_file(str(path), url)
+        try:
+            fsspec.filesystem("s3", skip_instance_cache=True).put_file(str(path), url)  # in parts, with its own retries
+        except Exception as error:  # see `_persist`
+            raise StorageError(f"{url} cannot be written ({error}). {path} is what it should hold") from error
 
     def _fetch(self, runs: Sequence[tuple[ShardFile, Span]]) -> list[bytes]:
         return [answer.raw for answer in self._gather(runs)]
@@ -188,8 +191,8 @@ async def _get_http(system: Any, url: str, span: Span) -> _Answer:
     async with session.get(system.encode_url(url), headers=headers) as answer:
         content_range = answer.headers.get("Content-Range", "")
         etag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        if answer.status == 416 and content_range.endswith("/0"):
-            return _Answer(b"", 0, 0, etag)
+        if answer.status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", content_range)):
+            return _Answer(b"", span.offset, int(match[1]), etag)
         if answer.status == 200:
             raise _Refused("the server sends whole files only; it must answer range requests (HTTP 206)")
         _check_status(answer.status, answer.reason)
@@ -208,7 +211,11 @@ async def _get_s3(system: Any, url: str, span: Span) -> _Answer:
     except NoCredentialsError as error:
         raise _Refused(f"{error}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
     except ClientError as error:
-        _check_status(error.response["ResponseMetadata"]["HTTPStatusCode"], str(error))
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == 416:
+            head = await client.head_object(Bucket=bucket, Key=key, **system.req_kw)
+            return _Answer(b"", span.offset, head["ContentLength"], head.get("ETag"))
+        _check_status(status, str(error))
         raise
     async with answer["Body"] as body:
         raw = await body.read()
@@ -242,8 +249,8 @@ def _checked(answer: _Answer, file: ShardFile, span: Span) -> _Answer:
             raise file.refuse(f"has {answer.file_bytes} bytes, {file.bytes} when indexed")
         if answer.etag != file.etag:
             raise file.refuse(f"was modified after it was indexed (ETag {answer.etag}, {file.etag} when indexed)")
-    size = min(span.size, answer.file_bytes - span.offset)
-    if (answer.first, len(answer.raw)) != (span.offset, size) and answer.file_bytes > 0:
+    size = max(0, min(span.size, answer.file_bytes - span.offset))
+    if (answer.first, len(answer.raw)) != (span.offset, size):
         raise ConnectionError(f"the answer holds {len(answer.raw)} bytes from {answer.first}")
     return answer
 

@@ -137,10 +137,13 @@ def test_changed_and_lost_shards_are_refused_by_name(server: FaultyServer, index
         file.write(b"more")
     with pytest.raises(StorageError, match=rf"{url} has \d+ bytes, \d+ when indexed"):
         fetch(index, [0])
+    os.truncate(shard, 100)
+    with pytest.raises(StorageError, match=rf"{url} has 100 bytes, \d+ when indexed"):
+        fetch(index, [3])
     shard.unlink()
     with pytest.raises(StorageError, match=rf"{url} bytes .*HTTP 404"):
         fetch(index, [0])
-    assert len(server.requests) == 3  # none was repeated
+    assert len(server.requests) == 4  # none was repeated
 
 
 def test_requests_at_once_are_bounded(server: FaultyServer) -> None:
@@ -279,9 +282,32 @@ def test_changed_and_lost_objects_are_refused_by_name(s3: None, tmp_path: Path) 
     client.put_object(Bucket=BUCKET, Key="changed/a.tar", Body=bytes(raw) + bytes(512))
     with pytest.raises(StorageError, match=rf"{url}/a\.tar has \d+ bytes, \d+ when indexed"):
         fetch(index, [0])
+    client.put_object(Bucket=BUCKET, Key="changed/a.tar", Body=b"short")
+    with pytest.raises(StorageError, match=rf"{url}/a\.tar has 5 bytes, \d+ when indexed"):
+        fetch(index, [1])
     client.delete_object(Bucket=BUCKET, Key="changed/a.tar")
     with pytest.raises(StorageError, match=rf"{url}/a\.tar bytes .*HTTP 404"):
         fetch(index, [0])
+
+
+def test_an_index_that_could_not_be_uploaded_is_not_made_again(
+    s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "a.tar", sample("0"))
+    (tmp_path / "empty.tar").write_bytes(b"")
+    url, config = upload(tmp_path, "upload"), StorageConfig(**FAST, cache_dir=str(tmp_path))  # type: ignore[arg-type]
+
+    async def refuse(*arguments: object) -> None:
+        raise PermissionError("Access Denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("s3fs.S3FileSystem._put_file", refuse)
+        with pytest.raises(StorageError, match=rf"{url}/index\.arrow cannot be written \(Access Denied\)"):
+            build_index(url, storage=config)
+    report = build_index(url, storage=config)
+    assert report.scanned == 1  # the empty one, whose problem is told again
+    assert [problem.shard for problem in report.problems] == ["empty.tar"]
+    assert len(ShardIndex.open(url, config)) == 1
 
 
 def test_storage_that_does_not_answer(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
