@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   python -m data_tools.index_shards /data/edits
   python -m data_tools.index_shards /data/edits /data/text_to_image --workers 16 --max-problems 1000
   python -m data_tools.index_shards s3://bucket/edits
+  python -m data_tools.index_shards https://host/edits --shards names.txt --out /data/edits_index
   python -m data_tools.index_shards https://host/edits --out /data/edits_index     # then data.train=/data/edits_index
 
 Writes DIR/index.arrow from every *.tar directly in DIR (format: docs/data_format.md; URLs: docs/storage.md). Run it
@@ -51,6 +52,11 @@ def print_report(folder: str, index: str, report: IndexReport, max_problems: int
         print(f"  … and {len(report.problems) - max_problems:,} more (--max-problems {len(report.problems)} shows all)")
 
 
+def _named(folder: str, names: Path) -> Sequence[str | Path]:
+    given = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+    return given if is_url(folder) else [Path(folder, name) for name in given]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -64,19 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", metavar="N", type=int, help="read N shards at once (default: one a core; 32 of a URL)"
     )
+    parser.add_argument("--shards", metavar="FILE", type=Path, help="index these alone: one name in DIR a line")
     parser.add_argument("--max-problems", metavar="N", type=int, default=50, help="print N a folder (default: 50)")
     arguments = parser.parse_args(argv)
     if arguments.max_problems < 0:
         parser.error(f"--max-problems is {arguments.max_problems}; it must be 0 or more")
     if arguments.workers is not None and arguments.workers < 1:
         parser.error(f"--workers is {arguments.workers}; it must be 1 or more")
-    if arguments.out is not None and len(arguments.folders) > 1:
-        parser.error(f"--out takes the index of one URL; {len(arguments.folders)} were given")
+    if (arguments.out or arguments.shards) and len(arguments.folders) > 1:
+        parser.error(f"--out and --shards are for one DIR; {len(arguments.folders)} were given")
     status = 0
     for folder in arguments.folders:
         workers = arguments.workers or (_REMOTE_WORKERS if is_url(folder) else len(os.sched_getaffinity(0)))
         try:
-            report = build_index(folder, out=arguments.out, workers=workers, progress=True)
+            shards = None if arguments.shards is None else _named(folder, arguments.shards)
+            report = build_index(folder, shards=shards, out=arguments.out, workers=workers, progress=True)
             print_report(folder, str(arguments.out or folder), report, arguments.max_problems)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -68,7 +68,7 @@ class IndexReport:
 def build_index(
     folder: str | Path,
     *,
-    shards: list[Path] | None = None,
+    shards: Sequence[str | Path] | None = None,
     out: Path | None = None,
     workers: int = 1,
     storage: StorageConfig | None = None,
@@ -76,12 +76,12 @@ def build_index(
 ) -> IndexReport:
     """Writes `folder/index.arrow`, replacing an older index in one step. Shards that it describes are not read again.
 
-    Memory does not grow with the number of shards or samples. A job that was killed goes on where it was.
+    Memory grows by a few kB a shard, not with samples. A job that was killed goes on where it was.
 
     Args:
         folder: where the shards are, and the index goes: a local folder or the URL of one.
-        shards: the shards to index, in this order, all inside a local `folder`. Default: every `*.tar` directly in it,
-            by name.
+        shards: the shards to index, in this order: files inside a local `folder`, or names below a URL. Default: every
+            `*.tar` directly in it, by name; of a web server, those that its page for the folder links.
         out: a local folder for the index of a URL, which then names the URL; needed where nothing can be written
             (HTTP). Default: beside the shards.
         workers: shards that are read at once, each by a process.
@@ -96,11 +96,12 @@ def build_index(
     """
     storage = storage or StorageConfig()
     if is_url(str(folder)):
-        return _build_remote(str(folder).rstrip("/"), out, workers, storage, progress)
+        names = None if shards is None else [str(shard) for shard in shards]
+        return _build_remote(str(folder).rstrip("/"), names, out, workers, storage, progress)
     if out is not None:
         raise ValueError(f"out is {out}, but {folder} is local. Its index goes beside the shards; leave out away")
     base = Path(os.path.abspath(folder))
-    paths = _folder_shards(base) if shards is None else [_inside(base, path) for path in shards]
+    paths = _folder_shards(base) if shards is None else [_inside(base, Path(shard)) for shard in shards]
     if not paths:
         raise ValueError(f"{folder} has no shards: no *.tar (uncompressed) is directly in it. {_MAKE}")
     problems = [] if shards is not None else _compressed(sorted(path.name for path in base.iterdir()))
@@ -111,22 +112,24 @@ def build_index(
     return report
 
 
-def _build_remote(url: str, out: Path | None, workers: int, storage: StorageConfig, progress: bool) -> IndexReport:
+def _build_remote(
+    url: str, shards: list[str] | None, out: Path | None, workers: int, storage: StorageConfig, progress: bool
+) -> IndexReport:
     from kontext_train.data.remote import RemoteShards
 
     if out is None and not url.startswith("s3://"):
         raise ValueError(f"{url} cannot be written to. Give --out, a local folder for its index")
     remote = RemoteShards(storage)
-    names = remote.names(url)
+    names = remote.names(url) if shards is None else shards
     described = remote.look([f"{url}/{name}" for name in names if name.endswith(".tar") and name[0] != "."])
     if not described:
-        raise ValueError(f"{url}/ has no shards: its listing shows no *.tar (uncompressed). {_MAKE}")
+        raise ValueError(f"{url}/ has no shards: its listing shows no *.tar. Name them with --shards. {_MAKE}")
     place = out or scratch_folder(storage) / f"{_name_of(url)}.build"
     place.mkdir(parents=True, exist_ok=True)
-    if out is None and INDEX_NAME in names and not (place / INDEX_NAME).exists():  # it does if an upload failed
+    if out is None and INDEX_NAME in names and not (place / INDEX_NAME).exists():  # it does after a failed upload
         remote.download(remote.look([f"{url}/{INDEX_NAME}"])[0], place / INDEX_NAME)
     files = {file.path[len(url) + 1 :]: file for file in described}
-    header = {"base": url if out else None, "whole_folder": True}
+    header = {"base": url if out else None, "whole_folder": shards is None}
     report = _build(files, place / INDEX_NAME, place / _PARTIAL_NAME, header, workers, storage, progress)
     report.problems[:0] = _compressed(names)
     if out is None:
@@ -256,6 +259,9 @@ class ShardIndex:
         if is_url(str(folder)):
             url = str(folder).rstrip("/")
             index = cls(url, _local_copy(url, storage), storage)
+            if any("etag" not in shard for shard in index._shards):
+                what = "was made of local files and cannot tell whether these are the same"
+                raise ValueError(f"the index of {url} {what}. {_run(url)}")
         else:
             index = cls._open_local(Path(os.path.abspath(folder)), storage)  # a worker may be in another folder
         if len(index) == 0:

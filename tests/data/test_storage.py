@@ -182,7 +182,6 @@ def test_problems_of_remote_shards_are_reported(tmp_path: Path) -> None:
 
 
 def test_an_index_on_the_server_is_copied_once_and_again_when_it_changed(server: FaultyServer, tmp_path: Path) -> None:
-    shutil.copy(server.folder.parent / "www" / "index.arrow", tmp_path / "old")
     build_index(server.url, out=tmp_path / "index")
     shutil.copy(tmp_path / "index" / "index.arrow", server.folder / "index.arrow")
     config = StorageConfig(**FAST, cache_dir=str(tmp_path / "cache"))  # type: ignore[arg-type]
@@ -205,6 +204,27 @@ def test_http_cannot_be_written_to(server: FaultyServer, capsys: pytest.CaptureF
     assert "cannot be written to. Give --out" in capsys.readouterr().err
     assert index_shards.main([server.url, "--out", str(tmp_path / "index"), "--workers", "2"]) == 0
     assert f"{server.url}: 200 samples in " in capsys.readouterr().out
+
+
+def test_shards_can_be_named(server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = sorted(path.name for path in server.folder.glob("*.tar"))[0]
+    (tmp_path / "names.txt").write_text(f"{name}\n")
+    arguments = [server.url, "--out", str(tmp_path / "index"), "--shards", str(tmp_path / "names.txt")]
+    assert index_shards.main(arguments) == 0
+    assert "in 1 shards" in capsys.readouterr().out
+    index = ShardIndex.open(tmp_path / "index")
+    assert {index.location(i).name for i in range(len(index))} == {name}
+
+
+def test_an_index_of_local_files_is_not_one_of_their_copies(server: FaultyServer, tmp_path: Path) -> None:
+    config = StorageConfig(cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"was made of local files .*run: python -m data_tools\.index_shards http://"):
+        ShardIndex.open(server.url, config)
+
+
+def test_a_local_index_goes_beside_its_shards(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"out is {tmp_path}, but {shards} is local"):
+        build_index(shards, out=tmp_path)
 
 
 def test_worker_processes_read_after_their_parent_did(server: FaultyServer, index: ShardIndex, shards: Path) -> None:
