@@ -120,10 +120,11 @@ def _build_remote(
     if out is None and not url.startswith("s3://"):
         raise ValueError(f"{url} cannot be written to. Give --out, a local folder for its index")
     remote = RemoteShards(storage)
-    names = remote.names(url) if shards is None else shards
-    described = remote.look([f"{url}/{name}" for name in names if name.endswith(".tar") and name[0] != "."])
-    if not described:
+    names = remote.names(url) if shards is None else []
+    chosen = [name for name in names if name.endswith(".tar") and name[0] != "."] if shards is None else shards
+    if not chosen:
         raise ValueError(f"{url}/ has no shards: its listing shows no *.tar. Name them with --shards. {_MAKE}")
+    described = remote.look([f"{url}/{name}" for name in chosen])
     place = out or scratch_folder(storage) / f"{_name_of(url)}.build"
     place.mkdir(parents=True, exist_ok=True)
     if out is None and INDEX_NAME in names and not (place / INDEX_NAME).exists():  # it does after a failed upload
