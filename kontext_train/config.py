@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from kontext_train.data.config import DataConfig
+from kontext_train.data.config import DataConfig, is_url
 from kontext_train.distributed.config import ParallelConfig
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
@@ -117,5 +117,5 @@ def check(config: TrainConfig, world_size: int) -> None:
     if config.weights.student is not None and not Path(config.weights.student).exists():
         raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
     for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if folder is not None and not (folder and Path(folder).is_dir()):
+        if folder is not None and not (folder and (is_url(folder) or Path(folder).is_dir())):
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")

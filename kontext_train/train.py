@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
 from kontext_train.distributed.config import world_size_from_environment
-from kontext_train.errors import ConfigError
+from kontext_train.errors import ConfigError, StorageError
 
 REQUEUE = 75  # exit status of a run that a signal stopped and that can be resumed (sysexits' EX_TEMPFAIL)
 
@@ -78,8 +78,8 @@ def train(config: TrainConfig) -> None:
 
     def source(key: str, folder: str) -> tuple[ShardIndex, Planner, PackReader]:
         try:
-            index = ShardIndex.open(folder)
-        except ValueError as error:
+            index = ShardIndex.open(folder, config.data.storage)
+        except (ValueError, StorageError) as error:
             raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
         sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
         check_budget(sizes, config.data)

@@ -72,7 +72,8 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
 
     pad_to: tokens of the sequence with padding; None adds none.
     """
-    raws = [reader.read(int(i)) for i in pack.samples]
+    encoded = reader.fetch(pack.samples)
+    raws = [reader.decode(int(i), raw) for i, raw in zip(pack.samples, encoded, strict=True)]
     images = [raw.target for raw in raws]
     images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
     shapes = [sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]

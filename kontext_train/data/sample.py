@@ -7,10 +7,8 @@ Legend: H, W pixels after resizing; `hw` is (height, width) in pixels.
 """
 
 import io
-import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +18,7 @@ from PIL import Image, ImageOps
 
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.shard import IMAGE_FORMATS, Span, parse_sample_json
-
-OPEN_SHARDS = 32  # a process: samples of a step come from anywhere, and 1,024 open files is a common limit
+from kontext_train.data.storage import shard_bytes
 
 
 class BadSample(ValueError):
@@ -110,25 +107,6 @@ def _fit(image: Image.Image, max_pixels: int, multiple: int) -> npt.NDArray[np.u
     return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-class _OpenShard:
-    """A file descriptor that closes when its last user lets go: the cache may drop it while a thread reads."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "descriptor"):
-            close(self.descriptor)
-
-    def read(self, span: Span) -> bytes:
-        """The bytes of a span; fewer where the file ends before. pread has no file position for processes to share."""
-        parts, offset, end = list[bytes](), span.offset, span.offset + span.size
-        while offset < end and (part := os.pread(self.descriptor, end - offset, offset)):
-            parts.append(part)
-            offset += len(part)
-        return b"".join(parts)
-
-
 class SampleReader:
     """Reads samples by number, in any order. Safe to pickle, to fork and to use from several threads."""
 
@@ -136,7 +114,7 @@ class SampleReader:
         """`max_pixels` and `multiple` as in `fit_size`. Raises ValueError if they do not fit each other."""
         fit_size((1, 1), max_pixels, multiple)  # refuse bad values here, not in a worker
         self.index, self.max_pixels, self.multiple = index, max_pixels, multiple
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenShard)
+        self._bytes = shard_bytes(index.base, index.storage)
 
     def __reduce__(self) -> tuple[type["SampleReader"], tuple[ShardIndex, int, int]]:
         return SampleReader, (self.index, self.max_pixels, self.multiple)
@@ -146,26 +124,39 @@ class SampleReader:
 
         Raises:
             BadSample: its bytes do not decode or are not what the index says.
-            OSError: the storage failed or the shard is gone; that is no fault of the sample.
+            OSError: the storage failed, the shard is gone or changed; that is no fault of the sample.
             IndexError: there is no sample i.
         """
+        return self.decode(i, self.fetch([i])[0])
+
+    def fetch(self, samples: Iterable[int]) -> list[bytes]:
+        """The encoded bytes of samples, for `decode`; remote ones many at once. Raises as `read` does."""
+        locations = [self.index.location(int(i)) for i in samples]
+        return self._bytes.read([(location.file, location.run()) for location in locations])
+
+    def decode(self, i: int, raw: bytes) -> RawSample:
+        """Sample i from its bytes. Raises as `read` does."""
         location = self.index.location(i)
-        file = self._open(location.shard)
+        start = location.run().offset
         rows = slice(self.index.context_start[i], self.index.context_start[i + 1])
+
+        def content(span: Span) -> bytes:
+            return raw[span.offset - start : span.offset - start + span.size]
+
         part = "json"
         try:
-            metadata = parse_sample_json(_whole(file, location.json))
+            metadata = parse_sample_json(content(location.json))
             part = "target"
-            target = self._image(_whole(file, location.target), self.index.target_hw[i])
+            target = self._image(content(location.target), self.index.target_hw[i])
             contexts = []
             for number, (span, hw) in enumerate(zip(location.contexts, self.index.context_hw[rows], strict=True)):
                 part = f"context.{number}"
-                contexts.append(self._image(_whole(file, span), hw))
+                contexts.append(self._image(content(span), hw))
         except ValueError as error:
-            raise BadSample(f"{location.shard}: {location.key}: {part}: {error}") from error
+            raise BadSample(f"{location.file.path}: {location.key}: {part}: {error}") from error
         return RawSample(
             key=location.key,
-            shard=location.shard.relative_to(self.index.folder).as_posix(),
+            shard=location.name,
             prompt=metadata.pop("prompt"),
             metadata=metadata,
             target=target,
@@ -179,13 +170,6 @@ class SampleReader:
             height, width = indexed_hw
             raise ValueError(f"decodes to {image.height}×{image.width}, the index says {height}×{width} (height×width)")
         return _fit(image, self.max_pixels, self.multiple)
-
-
-def _whole(file: _OpenShard, span: Span) -> bytes:
-    raw = file.read(span)
-    if len(raw) != span.size:
-        raise ValueError(f"the shard ends {span.size - len(raw)} bytes too soon: it was cut after it was indexed")
-    return raw
 
 
 def load_image(path: str | Path, max_pixels: int, multiple: int) -> npt.NDArray[np.uint8]:

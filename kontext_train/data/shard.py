@@ -9,10 +9,11 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
+
+from kontext_train.errors import StorageError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: Pillow would otherwise hand a file named .png to any decoder
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -20,6 +21,7 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 _IMAGE_ROLE = re.compile(rf"(target|context\.(?:0|[1-9][0-9]*))\.(?:{'|'.join(IMAGE_SUFFIXES)})")
 _TAIL_BYTES = 1 << 16
+_MOST_BYTES = 2**31 - 1  # what the index has room for
 
 
 class Span(NamedTuple):
@@ -45,6 +47,7 @@ def read_image_hw(file: IO[bytes]) -> tuple[int, int]:
 
     Raises:
         ValueError: the bytes are not a PNG, JPEG or WebP image that Pillow can open.
+        OSError: the storage failed.
     """
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -52,6 +55,8 @@ def read_image_hw(file: IO[bytes]) -> tuple[int, int]:
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
             width, height = image.size
     except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
+        if isinstance(error, StorageError) or getattr(error, "errno", None) is not None:
+            raise  # Pillow's own OSErrors have no number
         raise ValueError(f"not a readable PNG, JPEG or WebP image ({type(error).__name__}: {error})") from error
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
@@ -111,6 +116,8 @@ def _roles(members: Sequence[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.
             raise ValueError(f"{role} is a link or a sparse or special file; members must be plain files")
         if member.size == 0:
             raise ValueError(f"{role} is empty (0 bytes)")
+        if member.size > _MOST_BYTES:
+            raise ValueError(f"{role} has {member.size} bytes; members have at most {_MOST_BYTES}")
         roles[role] = member
     for role in ("target", "json"):
         if role not in roles:
@@ -171,10 +178,10 @@ def _data_after_end(tar: tarfile.TarFile) -> bool:
     return any(tar.fileobj.read(_TAIL_BYTES))
 
 
-def scan_shard(path: Path, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
+def scan_shard(file: IO[bytes], name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
     """Yields each sample of a shard, or the problem that keeps it out. OSError of the storage is not a problem."""
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             yield from _scan_members(tar, name, shard_bytes)
     except tarfile.ReadError as error:  # the very first header
         yield Problem(name, "", f"not an uncompressed tar file ({error})")

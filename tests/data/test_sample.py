@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kontext_train.data import sample as sample_module
+from kontext_train.data import storage
 from kontext_train.data.index import ShardIndex, build_index
 from kontext_train.data.sample import BadSample, SampleReader, fit_size, load_image
+from kontext_train.errors import StorageError
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -284,9 +286,12 @@ def test_cmyk(tmp_path: Path) -> None:
 
 def overwrite(index: ShardIndex, offset: int, content: bytes) -> None:
     """Changes bytes of the first shard behind the index's back."""
-    with open(index.location(0).shard, "r+b") as file:
+    shard = index.location(0).shard
+    state = shard.stat()
+    with open(shard, "r+b") as file:
         file.seek(offset)
         file.write(content)
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def test_bad_image_bytes_name_shard_key_and_reason(tmp_path: Path) -> None:
@@ -327,8 +332,18 @@ def test_shard_that_was_cut_under_a_run(tmp_path: Path) -> None:
     index = write_folder(tmp_path, [{"target.png": encode(noise(16, 16))}])
     span = index.location(0).target
     os.truncate(index.location(0).shard, span.offset + span.size - 7)
-    with pytest.raises(BadSample, match="k0: target: the shard ends 7 bytes too soon"):
+    with pytest.raises(StorageError, match=r"000\.tar has \d+ bytes, \d+ when indexed"):
         SampleReader(index, 1 << 20, 16).read(0)
+
+
+def test_shard_that_was_modified_under_a_run_is_refused_by_name(tmp_path: Path) -> None:
+    index = write_folder(tmp_path, [{"target.png": encode(noise(16, 16, seed=i))} for i in range(2)], per_shard=1)
+    reader = SampleReader(index, 1 << 20, 16)
+    reader.read(0)  # the file is open when it changes
+    os.utime(index.location(0).shard, ns=(0, 1))
+    with pytest.raises(StorageError, match=r"000\.tar was modified after it was indexed.*index them again"):
+        reader.read(0)
+    assert reader.read(1).key == "k1"  # in another shard
 
 
 def test_lost_storage_is_no_bad_sample(tmp_path: Path) -> None:
@@ -377,7 +392,7 @@ def open_files(folder: Path) -> int:
 
 
 def test_open_files_are_few_and_closed(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(storage, "OPEN_SHARDS", 2)
     small = SampleReader(reader.index, 1 << 20, 16)
     assert open_files(reader.index.folder) == 0
     for i in [*range(12), *range(12)]:
@@ -388,7 +403,7 @@ def test_open_files_are_few_and_closed(reader: SampleReader, monkeypatch: pytest
 
 
 def test_threads_share_a_reader(reader: SampleReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_module, "OPEN_SHARDS", 1)  # every read closes a file that another thread may be reading
+    monkeypatch.setattr(storage, "OPEN_SHARDS", 1)  # every read closes a file that another thread may be reading
     small = SampleReader(reader.index, 1 << 20, 16)
     with ThreadPoolExecutor(8) as pool:
         for i, sample in enumerate(pool.map(small.read, list(range(12)) * 10)):

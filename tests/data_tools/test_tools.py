@@ -297,7 +297,7 @@ def test_index_shards_reports_problems_and_still_indexes(shards: Path, capsys: p
     (shards / "other.tar").write_bytes(b"")
     assert index_shards.main([str(shards), "--max-problems", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{shards}: 1 samples in 3 shards, 2 problems"
+    assert lines[0] == f"{shards}: 1 samples in 3 shards (1 known before), 2 problems"
     assert lines[2].startswith("  other.tar: not an uncompressed tar file")
     assert lines[3] == "  … and 1 more (--max-problems 2 shows all)"
     assert len(ShardIndex.open(shards)) == 1

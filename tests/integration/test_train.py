@@ -13,6 +13,7 @@ import torch
 
 from kontext_train.config import TrainConfig
 from kontext_train.data.batch import PixelBatch
+from kontext_train.data.index import build_index
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
 from kontext_train.train import REQUEUE, train
@@ -20,6 +21,7 @@ from kontext_train.trainer import Trainer
 from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
 from tests.runs import fork, in_processes, run, small_config
+from tests.servers import often, web_server
 
 
 def weights(run_dir: Path, ema: bool = False) -> dict[str, torch.Tensor]:
@@ -253,3 +255,20 @@ def test_speeds_do_not_count_validation_and_saving(
     logged = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "samples" in r]
     assert [r["samples"] / r["speed/samples_per_s"] for r in logged] == pytest.approx([4, 4])
     assert [r["seconds"] for r in logged] == pytest.approx([104, 104])
+
+
+def test_shards_on_a_bad_network_train_like_local_ones(shards: Path, tmp_path: Path) -> None:
+    options = ("run.steps=5", "data.workers=1")
+    run(small_config(shards, tmp_path / "local", *options))
+    shutil.copytree(shards, tmp_path / "www")
+    with web_server(tmp_path / "www") as server:
+        build_index(server.url, out=tmp_path / "index")
+        shutil.copy(tmp_path / "index" / "index.arrow", tmp_path / "www")
+        server.requests.clear()
+        server.fault = often(0.2)
+        storage = (f"data.storage.cache_dir={tmp_path / 'cache'}", "data.storage.backoff_s=0.001")
+        config = small_config(shards, tmp_path / "remote", *options, *storage, f"data.train={server.url}/")
+        run(config, processes=1)
+        assert len(server.requests) > 10
+    assert largest_difference(weights(tmp_path / "remote"), weights(tmp_path / "local")) == 0
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
