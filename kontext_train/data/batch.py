@@ -3,16 +3,29 @@
 Legend: S samples, M target tokens, C channels of a token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kontext_train.data.plan import Pack, Position, SampleSizes
-from kontext_train.data.sample import SampleReader
+from kontext_train.data.plan import Pack, Position
+from kontext_train.data.sample import BadSample, RawSample, SampleReader
+from kontext_train.data.sources import Mixture
 from kontext_train.models.kontext import Conditioning
-from kontext_train.models.sequence import SequenceLayout, build_layout
+from kontext_train.models.sequence import SampleShape, SequenceLayout, build_layout
+
+
+@dataclass(frozen=True, slots=True)
+class BadSampleNote:
+    """A sample that could not be read, and why. visit names the time, shard and key the sample."""
+
+    visit: int
+    shard: str
+    key: str
+    reason: str
 
 
 @dataclass(slots=True, eq=False)
@@ -28,9 +41,10 @@ class PixelBatch:
     image_hw: list[tuple[int, int]]  # of each of them
     layout: SequenceLayout
     visits: list[int]
-    weight_S: Tensor  # float32: 1 / samples in the whole step; 0 for filler
+    weight_S: Tensor  # float32: 1 / planned samples of the whole step; 0 for filler and holes
     samples_in_step: int  # that count, over all ranks and microbatches
     position: Position  # where the run stands once this pack's step is done
+    bad: list[BadSampleNote]  # its samples that could not be read
 
     def _images(self) -> list[Tensor]:
         parts = self.pixels.split([3 * h * w for h, w in self.image_hw])
@@ -67,15 +81,31 @@ class PackedBatch:
         return (self.weight_S / lengths_S)[self.layout.sample_of_target_M]
 
 
-def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int | None = None) -> PixelBatch:
-    """Read and decode a planned pack. Raises BadSample, which names shard and key.
+def read_pack(
+    pack: Pack, readers: Sequence[SampleReader], mixture: Mixture, *, holes: bool, pad_to: int | None
+) -> PixelBatch:
+    """Read and decode a planned pack. pad_to: tokens of the sequence with padding; None adds none.
 
-    pad_to: tokens of the sequence with padding; None adds none.
+    A sample that cannot be read leaves a hole if `holes`: black images of the planned sizes, the empty prompt, weight
+    0. So every pack keeps its layout and every step its number of samples, and no rank has to tell the others.
+    Otherwise it raises BadSample, which names shard and key.
     """
-    raws = [reader.read(int(i)) for i in pack.samples]
+    shapes = [mixture.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
+    raws, bad = list[RawSample](), list[BadSampleNote]()
+    for i, visit, shape in zip(pack.samples.tolist(), pack.visits.tolist(), shapes, strict=True):
+        number, row = mixture.locate(i)
+        try:
+            raws.append(readers[number].read(row))
+        except BadSample as error:
+            if not holes:
+                raise
+            where = readers[number].index.location(row)
+            raws.append(_hole(str(where.shard), where.key, shape, mixture.pixels_per_token))
+            bad.append(BadSampleNote(visit, str(where.shard), where.key, str(error)))
+    lost = {note.visit for note in bad}
+    counts = pack.counts & np.array([visit not in lost for visit in pack.visits.tolist()])
     images = [raw.target for raw in raws]
     images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
-    shapes = [sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
     return PixelBatch(
         keys=[f"{raw.shard}:{raw.key}" for raw in raws],
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
@@ -83,7 +113,17 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
         image_hw=[image.shape[:2] for image in images],
         layout=build_layout(shapes, pad_to),
         visits=pack.visits.tolist(),
-        weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
+        weight_S=torch.from_numpy(counts.astype("float32")) / pack.samples_in_step,
         samples_in_step=pack.samples_in_step,
         position=pack.position,
+        bad=bad,
     )
+
+
+def _hole(shard: str, key: str, shape: SampleShape, pixels_per_token: int) -> RawSample:
+    """What stands where a sample could not be read."""
+
+    def black(grid: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        return np.zeros((grid[0] * pixels_per_token, grid[1] * pixels_per_token, 3), dtype=np.uint8)
+
+    return RawSample(key, shard, "", {}, black(shape.target), [black(context) for context in shape.contexts])
