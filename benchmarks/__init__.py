@@ -1,0 +1,1 @@
+"""Measurements, one command each. They import the package; nothing imports them but tests of what they claim."""
