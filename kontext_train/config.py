@@ -95,7 +95,9 @@ def _typed_source(key: str, given: Any) -> DictConfig:
         try:
             typed[name] = given[name]
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}.{name}", given[name], f"has the wrong type: {str(error).splitlines()[0]}", "Correct it") from error
+            raise ConfigError(
+                f"{key}.{name}", given[name], f"has the wrong type: {str(error).splitlines()[0]}", "Correct it"
+            ) from error
     return typed
 
 

@@ -99,8 +99,10 @@ def read_pack(
         except BadSample as error:
             if not holes:
                 raise
-            where = readers[number].index.location(row)
-            raws.append(_hole(str(where.shard), where.key, shape, mixture.pixels_per_token))
+            index = readers[number].index
+            where = index.location(row)
+            shard = where.shard.relative_to(index.folder).as_posix()
+            raws.append(_hole(shard, where.key, shape, mixture.pixels_per_token))
             bad.append(BadSampleNote(visit, str(where.shard), where.key, str(error)))
     lost = {note.visit for note in bad}
     counts = pack.counts & np.array([visit not in lost for visit in pack.visits.tolist()])

@@ -70,14 +70,14 @@ def _in_workers(dataset: Dataset[Any], things: Iterable[Any], workers: int, pref
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": _leave_signals_to_the_loop}
     if workers:
         options["prefetch_factor"] = prefetch
-    results = iter(DataLoader(dataset, batch_size=None, sampler=_InOrder(things), **options))
-    processes = getattr(results, "_workers", [])
+    results: Any = iter(DataLoader(dataset, batch_size=None, sampler=_InOrder(things), **options))
     try:
         yield from results
     finally:
-        del results  # asks the workers to end and waits some seconds
-        for process in processes:
-            process.kill()  # one that hangs in a read would keep this process from ending
+        if workers:
+            results._shutdown_workers()  # asks and waits some seconds; `del` does not, while an error holds `results`
+            for process in results._workers:
+                process.kill()  # one that hangs in a read would keep this process from ending
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

@@ -1,5 +1,6 @@
 """From a planned pack to what the objective sees."""
 
+import multiprocessing
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from kontext_train.data.batch import PixelBatch
 from kontext_train.data.config import DataConfig
 from kontext_train.data.encode import Encoders, encode, load_encoders
 from kontext_train.data.index import ShardIndex
-from kontext_train.data.loader import PackReader, load_packs
-from kontext_train.data.plan import Pack, Position
-from kontext_train.data.sample import SampleReader
+from kontext_train.data.loader import PackReader, load_packs, plan_ahead
+from kontext_train.data.plan import Pack, Planner, Position
+from kontext_train.data.sample import BadSample, SampleReader
 from kontext_train.data.sources import Mixture, Source
-from kontext_train.models.config import EncoderDtype, EncodersConfig
+from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig
+from kontext_train.models.flops import forward_flops
 from kontext_train.models.kontext import tokens_from_latent
 from kontext_train.randomness import VisitRandom
-from tests.runs import ENCODERS
+from tests.runs import ENCODERS, broken_copy
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,57 @@ def test_workers_keep_the_order(source: PackReader, workers: int) -> None:
     packs = [pack_of([i, i + 1]) for i in range(0, 20, 2)]
     batches: list[PixelBatch] = list(load_packs(packs, source, DataConfig(workers=workers)))
     assert [b.visits for b in batches] == [p.visits.tolist() for p in packs]
+
+
+def test_a_bad_sample_leaves_a_hole_of_its_size_and_touches_no_other(
+    source: PackReader, shards: Path, tmp_path: Path, encoders: Encoders
+) -> None:
+    chosen = one_of_each(source)
+    holed = pack_reader(broken_copy(shards, tmp_path / "broken", chosen[1:2]), holes=True)
+    whole, batch = source[pack_of(chosen)], holed[pack_of(chosen)]
+    assert batch.layout.shapes == whole.layout.shapes
+    assert [t.shape for t in (*batch.targets, *batch.contexts)] == [t.shape for t in (*whole.targets, *whole.contexts)]
+    assert batch.keys == whole.keys
+    assert batch.prompts == [whole.prompts[0], "", whole.prompts[2]]
+    (note,) = batch.bad
+    assert (note.visit, note.key) == (1000 + chosen[1], whole.keys[1].split(":")[1])
+    assert note.shard.endswith("broken/train-00000.tar")
+    assert "target: cannot be decoded" in note.reason
+    assert whole.bad == []
+    assert (batch.weight_S > 0).tolist() == [True, False, True]
+    assert batch.samples_in_step == whole.samples_in_step
+    lengths = batch.layout.target_lengths
+    ours, theirs = (encode(b, encoders, VisitRandom(0)) for b in (batch, whole))
+    for i, weight in enumerate((1, 0, 1)):
+        x, expected = (b.x_MC.split(lengths)[i] for b in (ours, theirs))
+        w, planned = (b.token_weight_M().split(lengths)[i] for b in (ours, theirs))
+        torch.testing.assert_close(w, planned * weight)
+        assert torch.allclose(x, expected, atol=1e-5) == (weight == 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_holes_a_bad_sample_stops_the_reading(
+    source: PackReader, shards: Path, tmp_path: Path, workers: int
+) -> None:
+    strict = pack_reader(broken_copy(shards, tmp_path / "broken", [3]))
+    batches = load_packs([pack_of([1, 2]), pack_of([3])], strict, DataConfig(workers=workers))
+    next(batches)
+    with pytest.raises(BadSample, match=r"train-00000\.tar: train_\w+: target: cannot be decoded"):
+        next(batches)
+
+
+def test_planning_ahead_is_bounded_ends_with_its_reader_and_gives_the_same(source: PackReader) -> None:
+    config = DataConfig(window_samples=50, workers=1, tokens_per_pack=500)
+    planner = Planner(source.mixture, config, 0, forward_flops(FluxConfig()).of_tokens)
+    ahead = plan_ahead(planner, 3, config)
+    before = set(multiprocessing.active_children())
+    found = [next(ahead) for _ in range(3)]
+    (process,) = set(multiprocessing.active_children()) - before
+    for number, window in enumerate(found, 3):
+        expected = planner.window(number)
+        assert window.number == number
+        assert np.array_equal(window.visits, expected.visits)
+        assert np.array_equal(window.first, expected.first)
+    ahead.close()
+    process.join(timeout=20)
+    assert not process.is_alive()
