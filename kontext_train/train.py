@@ -109,8 +109,7 @@ def train(config: TrainConfig) -> None:
         if config.validation.samples > len(its_index):
             rule = f"but data.validation holds {len(its_index)} samples"
             raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
-    digest = plan_digest(planner.mixture, config.data, config.run.seed, flops)
-    record = {"config": plain(config), "plan": digest}
+    record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
     attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")

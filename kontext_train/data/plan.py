@@ -103,17 +103,14 @@ class Step(Sequence[Pack]):
         )
 
 
-def plan_digest(mixture: Mixture, config: DataConfig, seed: int, flops: object) -> str:
-    """Names a plan: runs of equal digest see the same samples in the same packs, and may continue each other.
-
-    flops: what the cost function computes with; its repr is part of the name.
-    """
+def plan_digest(mixture: Mixture, config: DataConfig, seed: int) -> str:
+    """Names a plan: runs of equal digest, and of one model, see the same samples in the same packs."""
     sources = [
         (s.name, s.index.digest, str(s.share), s.max_pixels, s.prompt_dropout, s.context_dropout)
         for s in mixture.sources
     ]
     tokens = (mixture.pixels_per_token, mixture.txt_tokens, config.tokens_per_pack, config.window_samples)
-    return f"{key_of('plan', PLAN_VERSION, repr(sources), repr(tokens), repr(flops), seed):032x}"
+    return f"{key_of('plan', PLAN_VERSION, repr(sources), repr(tokens), seed):032x}"
 
 
 class Planner:
