@@ -65,55 +65,56 @@ def mixed_planner(n: int, budget: int, window_samples: int, seed: int = 0) -> Pl
 
 
 @dataclass
-class Load:
-    """What ranks do, step after step. [steps, ranks] each."""
+class Packs:
+    """What ranks compute, in the order in which steps take it. Arrays of one entry a pack (or batch)."""
 
-    flops: npt.NDArray[np.float64]  # of samples
-    executed: npt.NDArray[np.float64]  # of samples and padding
+    flops: Ints  # of samples
+    executed: Ints  # of samples and padding
     tokens: Ints  # of samples
     computed: Ints  # of samples and padding
     seconds: float  # CPU time that planning took
     samples: int
 
 
-def packed_load(flops: Ints, tokens: Ints, budget: int, ranks: int, seconds: float, samples: int) -> Load:
-    """Packs in the order in which steps take them; each is padded to the budget, as static shapes want it."""
-    whole = len(flops) // ranks * ranks
-    flops, tokens = flops[:whole].reshape(-1, ranks), tokens[:whole].reshape(-1, ranks)
+def padded_to_budget(flops: Ints, tokens: Ints, budget: int, seconds: float, samples: int) -> Packs:
+    """Packs as static shapes want them: padding costs the linear part, and attends to itself."""
     padding = budget - tokens
     executed = flops + padding * (FLOPS.per_token + FLOPS.per_img_token) + FLOPS.per_token_pair * padding**2
-    return Load(flops.astype(float), executed.astype(float), tokens, np.full_like(tokens, budget), seconds, samples)
+    return Packs(flops, executed, tokens, np.full_like(tokens, budget), seconds, samples)
 
 
-def sample_sizes(planner: Planner, windows: list[Window]) -> tuple[Ints, Ints]:
-    """(tokens, FLOPs) of the samples of windows, in packed order."""
+def samples_of(planner: Planner, windows: list[Window], *, shuffled: bool) -> tuple[list[Ints], Ints, Ints]:
+    """(positions of each window's samples, tokens, FLOPs): in packed order, or shuffled within each window."""
+    random = np.random.default_rng(0)
     target, context = planner.mixture.image_tokens(np.concatenate([w.samples for w in windows]))
-    return TXT_TOKENS + target + context, FLOPS.of_tokens(TXT_TOKENS, target, context)
+    tokens, flops = TXT_TOKENS + target + context, FLOPS.of_tokens(TXT_TOKENS, target, context)
+    ends = np.cumsum([0, *(len(w.samples) for w in windows)])
+    order = [np.arange(a, b) for a, b in pairwise(ends.tolist())]
+    if shuffled:
+        mixed = np.concatenate([random.permutation(part) for part in order])
+        tokens, flops = tokens[mixed], flops[mixed]
+    return order, tokens, flops
 
 
-def ours(planner: Planner, ranks: int, windows: list[Window], seconds: float) -> Load:
+def ours(planner: Planner, ranks: int, windows: list[Window], seconds: float) -> Packs:
     """The steps that begin in these windows. One more window, planned off the clock, fills up the last of them."""
     more = [*windows, planner.window(len(windows))]
     started = time.process_time()
     steps = list(islice(planner.steps(Position(), ranks, more), -(-sum(len(w) for w in windows) // ranks)))
     seconds += time.process_time() - started
-    planned, windows = sum(len(w.samples) for w in windows), more
-    tokens, flops = sample_sizes(planner, windows)
-    starts = np.cumsum([0, *(len(w.samples) for w in windows)])
-    of_pack = {
-        w.number: [
-            np.add.reduceat(part[starts[w.number] : starts[w.number + 1]], w.first[:-1]) for part in (tokens, flops)
-        ]
-        for w in windows
-    }
+    of_window, tokens, flops = samples_of(planner, more, shuffled=False)
+    of_pack = [
+        [np.add.reduceat(part[own], window.first[:-1]) for part in (flops, tokens)]
+        for window, own in zip(more, of_window, strict=True)
+    ]
     places = np.concatenate([step.places for step in steps]).tolist()
-    pack_tokens, pack_flops = (np.array([of_pack[w][part][p] for w, p in places]) for part in (0, 1))
-    return packed_load(pack_flops, pack_tokens, planner.budget, ranks, seconds, planned)
+    pack_flops, pack_tokens = (np.array([of_pack[w][part][p] for w, p in places]) for part in (0, 1))
+    return padded_to_budget(pack_flops, pack_tokens, planner.budget, seconds, sum(len(w.samples) for w in windows))
 
 
-def random_packing(planner: Planner, ranks: int, windows: list[Window]) -> Load:
+def random_packing(planner: Planner, windows: list[Window]) -> Packs:
     """Samples in random order; a pack closes where the next sample does not fit."""
-    tokens, flops = _shuffled(planner, windows)
+    _, tokens, flops = samples_of(planner, windows, shuffled=True)
     started = time.process_time()
     pack_of_sample, pack, load = np.empty(len(tokens), dtype=np.int64), 0, 0
     for i, size in enumerate(tokens.tolist()):
@@ -121,74 +122,59 @@ def random_packing(planner: Planner, ranks: int, windows: list[Window]) -> Load:
             pack, load = pack + 1, 0
         load += size
         pack_of_sample[i] = pack
-    return _by_pack(pack_of_sample, tokens, flops, planner.budget, ranks, time.process_time() - started)
+    return _summed(pack_of_sample, tokens, flops, planner.budget, time.process_time() - started)
 
 
-def first_fit_decreasing(planner: Planner, ranks: int, windows: list[Window]) -> Load:
+def first_fit_decreasing(planner: Planner, windows: list[Window]) -> Packs:
     """Window by window, the longest sample first into the first pack with room; packs in random order."""
-    started, packs, pack_of_sample = time.process_time(), 0, []
-    tokens, flops = _shuffled(planner, windows)
-    for part in np.split(tokens, np.cumsum([len(w.samples) for w in windows])[:-1]):
-        room, own = np.full(len(part), planner.budget, dtype=np.int32), np.empty(len(part), dtype=np.int64)
-        used = 1
-        for i in np.argsort(-part, kind="stable"):
-            own[i] = np.argmax(room[: used + 1] >= part[i])
-            room[own[i]] -= part[i]
-            used = max(used, int(own[i]) + 1)
-        order = np.random.default_rng(packs).permutation(used)
-        pack_of_sample.append(packs + order[own])
+    of_window, tokens, flops = samples_of(planner, windows, shuffled=True)
+    started, packs, pack_of_sample = time.process_time(), 0, np.empty(len(tokens), dtype=np.int64)
+    for own in of_window:
+        room, used, found = np.full(len(own), planner.budget, dtype=np.int32), 1, np.empty(len(own), dtype=np.int64)
+        for i in np.argsort(-tokens[own], kind="stable"):
+            size = tokens[own[i]]
+            found[i] = np.argmax(room[: used + 1] >= size)
+            room[found[i]] -= size
+            used = max(used, int(found[i]) + 1)
+        pack_of_sample[own] = packs + np.random.default_rng(packs).permutation(used)[found]
         packs += used
-    of_sample = np.concatenate(pack_of_sample)
-    return _by_pack(of_sample, tokens, flops, planner.budget, ranks, time.process_time() - started)
+    return _summed(pack_of_sample, tokens, flops, planner.budget, time.process_time() - started)
 
 
-def buckets(planner: Planner, ranks: int, windows: list[Window]) -> Load:
+def _summed(pack_of_sample: Ints, tokens: Ints, flops: Ints, budget: int, seconds: float) -> Packs:
+    sums = [np.zeros(int(pack_of_sample.max()) + 1, dtype=np.int64) for _ in range(2)]
+    for total, values in zip(sums, (flops, tokens), strict=True):
+        np.add.at(total, pack_of_sample, values)
+    return padded_to_budget(sums[0], sums[1], budget, seconds, len(tokens))
+
+
+def buckets(planner: Planner, windows: list[Window]) -> Packs:
     """A batch is samples of one resolution, target aspect ratio and number of contexts, padded to the longest of it.
 
     Its number of samples is fixed for each bucket: as many as the budget holds of the bucket's longest. Every rank
     takes the next batch, whatever its bucket.
     """
-    rows = np.concatenate([w.samples for w in windows])
-    rows = rows[np.random.default_rng(0).permutation(len(rows))]
+    started = time.process_time()
+    rows = np.random.default_rng(0).permutation(np.concatenate([w.samples for w in windows]))
     target, context = planner.mixture.image_tokens(rows)
     tokens, flops = TXT_TOKENS + target + context, FLOPS.of_tokens(TXT_TOKENS, target, context)
-    started = time.process_time()
     index = planner.mixture.sources[0].index
-    contexts = np.diff(index.context_start)[rows]
-    bucket = np.unique(
-        np.stack([index.target_hw[rows].prod(axis=1), target, contexts], axis=1), axis=0, return_inverse=True
-    )[1]
-    batches = []
+    kind = np.column_stack([index.target_hw[rows], np.diff(index.context_start)[rows]])
+    bucket = np.unique(kind, axis=0, return_inverse=True)[1]
+    batches: list[Ints] = []
     for number in range(int(bucket.max()) + 1):
         own = np.flatnonzero(bucket == number)
         size = planner.budget // int(tokens[own].max())
         batches += [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
-    order = np.random.default_rng(1).permutation(len(batches))[: len(batches) // ranks * ranks]
-    longest = np.array([tokens[batches[i]].max() for i in order])
-    count = np.array([len(batches[i]) for i in order])
-    useful = np.array([[tokens[batches[i]].sum(), flops[batches[i]].sum()] for i in order])
+    batches = [batches[i] for i in np.random.default_rng(1).permutation(len(batches))]
+    longest, count = np.array([tokens[b].max() for b in batches]), np.array([len(b) for b in batches])
     executed = count * (FLOPS.per_sample + FLOPS.per_token * longest + FLOPS.per_token_pair * longest**2)
-    shaped = [a.reshape(-1, ranks) for a in (useful[:, 1], executed, useful[:, 0], count * longest)]
+    useful_flops, useful_tokens = (np.array([part[b].sum() for b in batches]) for part in (flops, tokens))
     seconds = time.process_time() - started
-    return Load(shaped[0].astype(float), shaped[1].astype(float), shaped[2], shaped[3], seconds, len(rows))
+    return Packs(useful_flops, executed, useful_tokens, count * longest, seconds, len(rows))
 
 
-def _shuffled(planner: Planner, windows: list[Window]) -> tuple[Ints, Ints]:
-    tokens, flops = sample_sizes(planner, windows)
-    random = np.random.default_rng(0)
-    starts = np.cumsum([0, *(len(w.samples) for w in windows)])
-    order = np.concatenate([first + random.permutation(last - first) for first, last in pairwise(starts)])
-    return tokens[order], flops[order]
-
-
-def _by_pack(pack_of_sample: Ints, tokens: Ints, flops: Ints, budget: int, ranks: int, seconds: float) -> Load:
-    sums = [np.zeros(int(pack_of_sample.max()) + 1, dtype=np.int64) for _ in range(2)]
-    for total, values in zip(sums, (flops, tokens), strict=True):
-        np.add.at(total, pack_of_sample, values)
-    return packed_load(sums[0], sums[1], budget, ranks, seconds, len(tokens))
-
-
-METHODS: dict[str, Callable[[Planner, int, list[Window]], Load]] = {
+METHODS: dict[str, Callable[[Planner, list[Window]], Packs]] = {
     "(a) aspect-ratio buckets, fixed batch": buckets,
     "(b) random packing": random_packing,
     "(c) first-fit decreasing": first_fit_decreasing,
@@ -209,19 +195,22 @@ class Row:
     samples_per_s: float
 
 
-def row(method: str, budget: int, ranks: int, window_samples: int, load: Load) -> Row:
-    imbalance = load.flops.max(axis=1) / load.flops.mean(axis=1) - 1
+def row(method: str, planner: Planner, ranks: int, packs: Packs) -> Row:
+    """What a method's packs give on so many ranks; packs that fill no step are left out."""
+    whole = len(packs.flops) // ranks * ranks
+    flops, executed = (part[:whole].reshape(-1, ranks).astype(float) for part in (packs.flops, packs.executed))
+    imbalance = flops.max(axis=1) / flops.mean(axis=1) - 1
     return Row(
-        budget=budget,
+        budget=planner.budget,
         ranks=ranks,
-        window_samples=window_samples,
+        window_samples=planner.window_samples,
         steps=len(imbalance),
         method=method,
         imbalance_mean=float(imbalance.mean()),
         imbalance_p99=float(np.quantile(imbalance, 0.99)),
-        padding=float(1 - load.tokens.sum() / load.computed.sum()),
-        step_time=float(load.executed.max(axis=1).sum() / load.flops.mean(axis=1).sum()),
-        samples_per_s=load.samples / load.seconds,
+        padding=float(1 - packs.tokens.sum() / packs.computed.sum()),
+        step_time=float(executed.max(axis=1).sum() / flops.mean(axis=1).sum()),
+        samples_per_s=packs.samples / packs.seconds,
     )
 
 
@@ -230,10 +219,11 @@ def rows(budget: int, ranks: list[int], window_samples: int, windows: int) -> It
     started = time.process_time()
     planned = [planner.window(k) for k in range(windows)]
     seconds = time.process_time() - started
+    others = {name: method(planner, planned) for name, method in METHODS.items()}
     for size in ranks:
-        yield row("planned (ours)", budget, size, window_samples, ours(planner, size, planned, seconds))
-        for name, method in METHODS.items():
-            yield row(name, budget, size, window_samples, method(planner, size, planned))
+        yield row("planned (ours)", planner, size, ours(planner, size, planned, seconds))
+        for name, packs in others.items():
+            yield row(name, planner, size, packs)
 
 
 def first_step_seconds(planner: Planner, position: Position, ranks: int) -> float:

@@ -1,7 +1,8 @@
 """From tar shards to packed batches.
 
 Read it in the order a batch travels: `shard.py` (what is in a tar file), `index.py` (where every sample's bytes are
-and how big its images are), `plan.py` (which samples each rank packs at each step: a pure function), `sample.py`
+and how big its images are), `sources.py` and `order.py` (which samples a window of the run holds), `packing.py`
+(samples to balanced packs), `plan.py` (which packs each rank takes at each step: a pure function), `sample.py`
 (range-read, decode, crop), `batch.py` (what a batch holds), `loader.py` (worker processes in front of the device),
 `encode.py` (pixels and prompts to latents and text tokens, on the device).
 """

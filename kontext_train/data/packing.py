@@ -16,7 +16,7 @@ import numpy.typing as npt
 # Measured on benchmarks/packing.py's workload: fuller packs or fewer sweeps leave more for the second packing.
 FILL = 0.986  # of the budget, on average: the rest is what the exchange works with
 SWEEPS = 80
-OFFERS = 16  # pairs of slots that a pack offers in one sweep
+OFFERS = 12  # pairs of slots that a pack offers in one sweep
 MEAN_PACK_COST = 10**6  # of scaled costs, so that sums and differences of packs fit into int32
 OVERFLOW_WEIGHT = 100  # a token beyond the budget counts as much as the cost of so many tokens
 

@@ -262,7 +262,7 @@ def published(request: pytest.FixtureRequest) -> tuple[Planner, list[Window]]:
 def test_packs_of_a_step_cost_the_same_and_are_full(published: tuple[Planner, list[Window]], ranks: int) -> None:
     """The published targets, on the published workload (512 ranks: a full benchmark run)."""
     plan, windows = published
-    found = row("ours", plan.budget, ranks, 32_768, ours(plan, ranks, windows, 1.0))
+    found = row("ours", plan, ranks, ours(plan, ranks, windows, 1.0))
     assert found.imbalance_mean <= 0.01
     assert found.imbalance_p99 <= 0.03
     assert found.padding <= 0.02
@@ -273,7 +273,7 @@ def test_other_ways_to_batch_are_worse(published: tuple[Planner, list[Window]]) 
     """Controls: the same measures on the same samples see the imbalance that ours has not."""
     plan, windows = published
     for method in (buckets, random_packing, first_fit_decreasing):
-        found = row("other", plan.budget, 64, 32_768, method(plan, 64, windows))
+        found = row("other", plan, 64, method(plan, windows))
         assert found.imbalance_mean > 0.05
         assert found.step_time > 1.1
 
