@@ -144,7 +144,7 @@ class Planner:
             drop_prompt=drop_prompt[by_pack],
             drop_context=drop_context[by_pack],
             first=first,
-            flops=np.diff(np.append(0, np.cumsum(flops[by_pack]))[first]),
+            flops=np.diff(np.append(0, np.cumsum(flops[by_pack]))[first]),  # right even where the running sum wraps
         )
 
     def steps(self, position: Position, packs_per_step: int, windows: Iterable[Window] | None = None) -> Iterator[Step]:
@@ -169,13 +169,12 @@ class Planner:
             steps = _steps_of_like_cost(pool, packs, generator(*key))
             pool = steps[done:].reshape(-1, pool.shape[1])
         for taken, places in enumerate(steps[done:], done + 1):
+            inside = replace(position, legs=(*legs[:-1], (packs, taken)))
             yield Step(
                 windows=dict(stream.windows),
                 places=places[:, [WINDOW, PACK]],
                 samples=int(places[:, SAMPLES].sum()),
-                position=stream.position
-                if taken == len(steps)
-                else replace(position, legs=(*legs[:-1], (packs, taken))),
+                position=inside if taken < len(steps) else stream.position,
             )
 
     def fixed(self, first: int, packs_per_step: int) -> list[list[Pack]]:
