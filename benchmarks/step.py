@@ -192,12 +192,16 @@ def main() -> None:
                 print(f"{r['workload']:10}{r['mode']:10}{r['dtype']:10}{times}{r['ratio']:8.2f}   {spread}", flush=True)
     machine = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "argv": sys.argv[1:], "results": results}, indent=2) + "\n")
+    arguments.out.write_text(
+        json.dumps({"machine": machine, "argv": sys.argv[1:], "results": results}, indent=2) + "\n"
+    )
 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def blind_to_bad(config: TrainConfig) -> None:
     """A run whose reader gives the bad samples weight 0, though it can read them."""
     made = loader.read_pack
 
-    def read_pack(*arguments: Any) -> PixelBatch:
-        batch = made(*arguments)
+    def read_pack(*arguments: Any, **options: Any) -> PixelBatch:
+        batch = made(*arguments, **options)
         batch.weight_S *= torch.tensor([visit % 200 not in BAD for visit in batch.visits])
         return batch
 
