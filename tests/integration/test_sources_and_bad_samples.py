@@ -45,6 +45,7 @@ def blind_to_bad(config: TrainConfig) -> None:
 TOLERANT = ("data.max_bad_fraction=0.5", "run.steps=3")
 
 
+@pytest.mark.slow
 def test_training_with_holes_is_training_without_those_samples(shards: Path, broken: Path, tmp_path: Path) -> None:
     """And the loss is divided by the planned number of samples. On one process and on two."""
     run(small_config(broken, tmp_path / "holes", *TOLERANT, "run.microbatches=2"))
@@ -121,6 +122,7 @@ def mixed_config(shards: Path, second: Path, run_dir: Path, *overrides: str) -> 
     return compose_config(*SMALL, *paths, f"run.dir={run_dir}", *overrides)
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_and_resumes_at_other_world_sizes(shards: Path, second: Path, tmp_path: Path) -> None:
     options = ("+data.sources.b.repeat=2", "+data.sources.b.max_pixels=256", "run.save_every_steps=1")
     for steps, processes in ((2, 2), (3, 3), (70, 1)):
