@@ -49,13 +49,17 @@ def sweep_member(hydra_config: HydraConf) -> str:
 
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
+    from fractions import Fraction
+
     import torch
 
+    from kontext_train.data.config import SourceConfig
     from kontext_train.data.encode import load_encoders
     from kontext_train.data.index import ShardIndex
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
-    from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
+    from kontext_train.data.plan import Planner, plan_digest
     from kontext_train.data.sample import SampleReader
+    from kontext_train.data.sources import Mixture, Source, shares
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
@@ -67,6 +71,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.objectives.build import build_objective
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
+    from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.ema import EMA
     from kontext_train.training.metrics import RunLog
     from kontext_train.training.optimizer import PhaseOptimizer
@@ -76,24 +81,35 @@ def train(config: TrainConfig) -> None:
     pixels_per_token = config.encoders.pixels_per_token()
     flops = forward_flops(config.model)
 
-    def source(key: str, folder: str) -> tuple[ShardIndex, Planner, PackReader]:
+    def opened(key: str, folder: str) -> ShardIndex:
         try:
-            index = ShardIndex.open(folder, config.data.storage)
+            return ShardIndex.open(folder, config.data.storage)
         except (ValueError, StorageError) as error:
             raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
-        sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
-        check_budget(sizes, config.data)
-        planner = Planner(sizes, config.data, config.run.seed, flops.by_tokens)
-        reader = SampleReader(index, config.data.max_pixels, pixels_per_token)
-        pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
-        return index, planner, PackReader(reader, sizes, pad_to)
 
-    index, planner, reader = source("data.train", config.data.train)
-    held_out = source("data.validation", config.data.validation) if config.data.validation else None
-    if held_out is not None and config.validation.samples > len(held_out[0]):
-        rule = f"but data.validation holds {len(held_out[0])} samples"
-        raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
-    record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
+    def planned(sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
+        mixture = Mixture(sources, pixels_per_token, config.encoders.t5_tokens)
+        mixture.check_budget(config.data.tokens_per_pack)
+        readers = [SampleReader(source.index, source.max_pixels, pixels_per_token) for source in sources]
+        planner = Planner(mixture, config.data, config.run.seed, flops.of_tokens)
+        pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
+        return planner, PackReader(readers, mixture, holes=holes, pad_to=pad_to)
+
+    given = config.data.of_sources()
+    key = "data.sources.{}.path" if config.data.sources else "data.train"
+    indexes = {name: opened(key.format(name), source.path) for name, source in given.items()}
+    share = shares(given, {name: len(index) for name, index in indexes.items()})
+    sources = [Source.of(name, given[name], indexes[name], share[name]) for name in given]
+    planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
+    held_out = None
+    if config.data.validation:
+        its_index = opened("data.validation", config.data.validation)
+        alone = SourceConfig(max_pixels=config.data.max_pixels, prompt_dropout=0.0, context_dropout=0.0)
+        held_out = planned([Source.of("validation", alone, its_index, Fraction(1))], holes=False)
+        if config.validation.samples > len(its_index):
+            rule = f"but data.validation holds {len(its_index)} samples"
+            raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
+    record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
     attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
@@ -141,6 +157,7 @@ def train(config: TrainConfig) -> None:
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,
+            BadSamples(config.data.max_bad_fraction, folder, world.is_main),
             record,
         )
         if resume is not None:
@@ -158,9 +175,9 @@ def train(config: TrainConfig) -> None:
         )
         validation = None
         if held_out is not None:
-            _, its_planner, its_reader = held_out
+            its_planner, its_reader = held_out
             steps = its_planner.fixed(config.validation.samples, world.dp_size)
-            fixed = rank_packs(steps, world.dp_rank, microbatches=1)
+            fixed = rank_packs(steps, world.dp_rank, world.dp_size)
             pictured = its_planner.fixed(config.validation.pictures, 1) if config.validation.pictures else []
             validation = Validation(
                 [its_reader[pack] for pack in fixed],

@@ -14,12 +14,13 @@ from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
 from kontext_train.distributed.parallelize import reshard
-from kontext_train.distributed.reduce import any_rank, sum_over_ranks
+from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
+from kontext_train.training.bad_samples import BadSamples
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
 from kontext_train.training.metrics import RunLog, peak_tflops
@@ -62,12 +63,13 @@ class Trainer:
         ema: EMA | None,
         encoders: Encoders,
         flops: ForwardFlops,
+        bad: BadSamples,
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
         self.config, self.schedule, self.world = config, schedule, world
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
-        self.encoders, self.flops, self.record = encoders, flops, record
+        self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
         self.folder = Path(config.dir) / "checkpoints"
@@ -91,7 +93,7 @@ class Trainer:
             window.add(self.train_step(pixels))
             self.count(window, pixels)
             log.advance()
-            stopping = any_rank(stop.name is not None)
+            stopping = self.agree_to_stop(stop, pixels)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 log.write(self.step, self.summary(window, peak))
@@ -102,10 +104,21 @@ class Trainer:
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.save()
             window.paused += time.perf_counter() - paused
+            if self.bad.too_many():
+                raise self.bad.error()
             if stopping and not last:
                 log.write(self.step, {"seconds": time.perf_counter() - window.started})
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
         log.write(self.step, {"seconds": time.perf_counter() - window.started})
+
+    def agree_to_stop(self, stop: StopRequest, pixels: list[PixelBatch]) -> bool:
+        """Whether a rank got a signal, or too many samples were bad: the same on every rank."""
+        own = [note for batch in pixels for note in batch.bad]
+        self.bad.seen += pixels[0].samples_in_step
+        stops, bad = sum_counts([stop.name is not None, len(own)])
+        if bad:
+            self.bad.note(self.step, own)
+        return stops > 0 or self.bad.too_many()
 
     def due(self, every: int) -> bool:
         return self.step % every == 0
@@ -163,6 +176,7 @@ class Trainer:
         return losses | {
             "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
             "samples": float(window.samples),
+            "bad_samples": float(self.bad.count),
             "seconds": wall,
             "speed/samples_per_s": window.samples / seconds,
             "speed/tokens_per_s": total["tokens"] / seconds,
@@ -193,7 +207,8 @@ class Trainer:
         }
 
     def save(self) -> None:
-        record = self.record | {"step": self.step, "position": asdict(self.position)}
+        place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
+        record = self.record | place
         checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
 
     def load(self, path: Path) -> None:
@@ -204,5 +219,6 @@ class Trainer:
         for phase, optimizer in self.optimizers.items():
             optimizer.load(state["optimizers"][phase])
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
-        self.position = Position(record["position"]["epoch"], record["position"]["window"], legs)
+        self.position = Position(record["position"]["window"], record["position"]["pack"], legs)
         self.step = record["step"]
+        self.bad.load(record["bad_samples"], self.step)
