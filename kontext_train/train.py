@@ -49,13 +49,18 @@ def sweep_member(hydra_config: HydraConf) -> str:
 
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
+    from dataclasses import replace
+
     import torch
 
+    from kontext_train.data.config import Crop
     from kontext_train.data.encode import load_encoders
+    from kontext_train.data.encoded import check_encoding
     from kontext_train.data.index import ShardIndex
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
     from kontext_train.data.sample import SampleReader
+    from kontext_train.data.transforms import Transform
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
@@ -76,20 +81,26 @@ def train(config: TrainConfig) -> None:
     pixels_per_token = config.encoders.pixels_per_token()
     flops = forward_flops(config.model)
 
-    def source(key: str, folder: str) -> tuple[ShardIndex, Planner, PackReader]:
+    def source(key: str, folder: str, transform: Transform) -> tuple[ShardIndex, Planner, PackReader]:
         try:
             index = ShardIndex.open(folder)
         except ValueError as error:
             raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
-        sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
+        if index.encoding is not None:
+            check_encoding(key, index, config.encoders, transform)
+        sizes = sample_sizes(index, transform, config.encoders.t5_tokens)
         check_budget(sizes, config.data)
         planner = Planner(sizes, config.data, config.run.seed, flops.by_tokens)
-        reader = SampleReader(index, config.data.max_pixels, pixels_per_token)
         pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
-        return index, planner, PackReader(reader, sizes, pad_to)
+        return index, planner, PackReader(SampleReader(index, transform), sizes, pad_to)
 
-    index, planner, reader = source("data.train", config.data.train)
-    held_out = source("data.validation", config.data.validation) if config.data.validation else None
+    transform = Transform.of(config.data, pixels_per_token, config.run.seed)
+    centred = replace(transform, crop=Crop.center)  # validation never changes
+    index, planner, reader = source("data.train", config.data.train, transform)
+    held_out = source("data.validation", config.data.validation, centred) if config.data.validation else None
+    # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
+    stored = [(i.encoding or {}).get("t5", False) for i in (index, *([held_out[0]] if held_out else []))]
+    text = not all(stored) or (held_out is not None and config.validation.pictures > 0)
     if held_out is not None and config.validation.samples > len(held_out[0]):
         rule = f"but data.validation holds {len(held_out[0])} samples"
         raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
@@ -109,8 +120,8 @@ def train(config: TrainConfig) -> None:
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
-        encoders = load_encoders(config.encoders, world.device)
-        if config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
+        encoders = load_encoders(config.encoders, world.device, text=text)
+        if encoders.text is not None and config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
             shard(encoders.text, world.mesh, config.parallel)
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))

@@ -3,12 +3,13 @@
 Legend: S samples, M target tokens, C channels of a token.
 """
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kontext_train.data.encoded import StoredText
 from kontext_train.data.plan import Pack, Position, SampleSizes
 from kontext_train.data.sample import SampleReader
 from kontext_train.models.kontext import Conditioning
@@ -19,13 +20,15 @@ from kontext_train.models.sequence import SequenceLayout, build_layout
 class PixelBatch:
     """Samples as read: images of any size, prompts as text. Everything is on the CPU.
 
-    All pixels lie in one tensor, since each tensor that a worker process hands over costs a file descriptor.
+    Of encoded shards the images are latents, and `text` is what the encoders made of the prompts. All images lie in one
+    tensor, since each tensor that a worker process hands over costs a file descriptor.
     """
 
     keys: list[str]  # shard:key of each sample, for error messages
     prompts: list[str]
-    pixels: Tensor  # uint8, one dimension: targets, then contexts, sample after sample, each [H, W, 3]
-    image_hw: list[tuple[int, int]]  # of each of them
+    images: Tensor  # one dimension: targets, then contexts, sample after sample
+    image_shapes: list[torch.Size]  # of each of them: [H, W, 3] uint8, or [2, C, h, w] mean and log-variance
+    text: StoredText | None  # [S, ...]; None: the text encoders have all to do
     layout: SequenceLayout
     visits: list[int]
     weight_S: Tensor  # float32: 1 / samples in the whole step; 0 for filler
@@ -33,17 +36,18 @@ class PixelBatch:
     position: Position  # where the run stands once this pack's step is done
 
     def _images(self) -> list[Tensor]:
-        parts = self.pixels.split([3 * h * w for h, w in self.image_hw])
-        return [part.view(h, w, 3).permute(2, 0, 1) for part, (h, w) in zip(parts, self.image_hw, strict=True)]
+        parts = self.images.split([math.prod(shape) for shape in self.image_shapes])
+        images = [part.view(shape) for part, shape in zip(parts, self.image_shapes, strict=True)]
+        return [image.permute(2, 0, 1) for image in images] if self.images.dtype == torch.uint8 else images
 
     @property
     def targets(self) -> list[Tensor]:
-        """[3, H, W] uint8 of each sample."""
+        """[3, H, W] uint8 of each sample, or [2, C, h, w]."""
         return self._images()[: len(self.keys)]
 
     @property
     def contexts(self) -> list[Tensor]:
-        """[3, H, W] uint8 of each context image, sample after sample."""
+        """[3, H, W] uint8 of each context image, or [2, C, h, w], sample after sample."""
         return self._images()[len(self.keys) :]
 
 
@@ -72,18 +76,33 @@ def read_pack(pack: Pack, reader: SampleReader, sizes: SampleSizes, pad_to: int 
 
     pad_to: tokens of the sequence with padding; None adds none.
     """
-    raws = [reader.read(int(i)) for i in pack.samples]
+    raws = [reader.read(int(i), int(visit)) for i, visit in zip(pack.samples, pack.visits, strict=True)]
     images = [raw.target for raw in raws]
     images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
+    tensors = [torch.as_tensor(image) for image in images]
+    texts = [
+        reader.empty_prompt if drop and raw.text is not None else raw.text
+        for raw, drop in zip(raws, pack.drop_prompt, strict=True)
+    ]
     shapes = [sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
     return PixelBatch(
         keys=[f"{raw.shard}:{raw.key}" for raw in raws],
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
-        pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
-        image_hw=[image.shape[:2] for image in images],
+        images=torch.cat([tensor.ravel() for tensor in tensors]),
+        image_shapes=[tensor.shape for tensor in tensors],
+        text=_stacked(texts),
         layout=build_layout(shapes, pad_to),
         visits=pack.visits.tolist(),
         weight_S=torch.from_numpy(pack.counts.astype("float32")) / pack.samples_in_step,
         samples_in_step=pack.samples_in_step,
         position=pack.position,
     )
+
+
+def _stacked(texts: list[StoredText | None]) -> StoredText | None:
+    """[S, ...] of samples that all have the same; None of samples of images."""
+    stored = [text for text in texts if text is not None]
+    if not stored:
+        return None
+    t5 = [text.t5_LE for text in stored if text.t5_LE is not None]
+    return StoredText(torch.stack([text.clip_P for text in stored]), torch.stack(t5) if t5 else None)

@@ -14,6 +14,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kontext_train.data.encoding import digest_of, read_encoding
 from kontext_train.data.shard import Problem, ScannedSample, Span, scan_shard
 
 INDEX_NAME = "index.arrow"
@@ -125,13 +127,17 @@ def build_index(folder: Path, *, shards: list[Path] | None = None) -> IndexRepor
     if not paths:
         raise ValueError(f"{folder} has no shards: no *.tar (uncompressed) is directly in it. {_MAKE}")
     problems = [] if shards is not None else _unreadable_shards(folder)
-    columns, described = _Columns(), []
+    columns, described, encoding = _Columns(), [], read_encoding(folder)
+    expected = None if encoding is None else digest_of(encoding)
     for number, path in enumerate(paths):
         name, state = path.relative_to(folder).as_posix(), path.stat()
         described.append({"path": name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns})
         for found in scan_shard(path, name, state.st_size):
             if isinstance(found, Problem):
                 problems.append(found)
+            elif found.encoding != expected:
+                reason = "encoded otherwise than encoding.safetensors says: a folder holds one encoding, or images"
+                problems.append(Problem(name, found.key, reason))
             else:
                 columns.append(number, found)
     header = {
@@ -139,6 +145,7 @@ def build_index(folder: Path, *, shards: list[Path] | None = None) -> IndexRepor
         "digest": columns.digest(described),
         "whole_folder": shards is None,
         "shards": described,
+        "encoding": encoding,
     }
     schema = _SCHEMA.with_metadata({_METADATA_KEY: json.dumps(header)})
     # One batch, so that every column is one run of memory and numpy can look at it without a copy.
@@ -189,6 +196,7 @@ class ShardIndex:
         context_start: int64 [n + 1]; context images of sample i are rows context_start[i]:context_start[i + 1].
         context_hw: int32 [c, 2], (height, width) of each context image, pixels.
         digest: names the samples and their order; the same for a copy of the folder and for an index built again.
+        encoding: how encoded shards were made (`encoded.describe_encoding`); None for shards of images.
     """
 
     folder: Path
@@ -196,11 +204,14 @@ class ShardIndex:
     context_start: npt.NDArray[np.int64]
     context_hw: npt.NDArray[np.int32]
     digest: str
+    encoding: dict[str, Any] | None
 
     def __init__(self, folder: Path) -> None:
         """Maps the index without looking at the shards; `ShardIndex.open` is the way in."""
         self.folder = folder
-        self._shards, self.digest, self._whole_folder, batch = _map_index(folder)
+        header, batch = _map_index(folder)
+        self._shards, self.digest, self._whole_folder = header["shards"], header["digest"], header["whole_folder"]
+        self.encoding = header.get("encoding")  # an index from before there were encoded shards has none
         self._key = batch.column("key")
         self._shard = batch.column("shard").to_numpy()
         self._json_span, self._target_span = _pairs(batch.column("json_span")), _pairs(batch.column("target_span"))
@@ -251,6 +262,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self._shard)
 
+    def shard_rows(self) -> list[tuple[str, range]]:
+        """(path within the folder, samples) of each shard, in order; together all samples."""
+        first = np.searchsorted(self._shard, np.arange(len(self._shards) + 1)).tolist()
+        return [(s["path"], range(*rows)) for s, rows in zip(self._shards, pairwise(first), strict=True)]
+
     def location(self, i: int) -> SampleLocation:
         """Where the bytes of sample i are, 0 <= i < len(self). Raises IndexError outside of that."""
         if not 0 <= i < len(self):
@@ -276,7 +292,7 @@ def _reopen(folder: Path, digest: str) -> ShardIndex:
     return index
 
 
-def _map_index(folder: Path) -> tuple[list[dict[str, Any]], str, bool, pa.RecordBatch]:
+def _map_index(folder: Path) -> tuple[dict[str, Any], pa.RecordBatch]:
     path = folder / INDEX_NAME
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -291,7 +307,7 @@ def _map_index(folder: Path) -> tuple[list[dict[str, Any]], str, bool, pa.Record
         )
     if reader.num_record_batches != 1 or not reader.schema.equals(_SCHEMA):
         raise ValueError(f"{path} has other columns than format version {version} has. {_run(folder)}")
-    return header["shards"], header["digest"], header["whole_folder"], reader.get_batch(0)
+    return header, reader.get_batch(0)
 
 
 def _run(folder: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
-from kontext_train.data.sample import fit_size
+from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.sequence import SampleShape
 from kontext_train.randomness import generator, key_of
@@ -76,10 +76,11 @@ class SampleSizes:
         return SampleShape(txt=self.txt_tokens, target=(int(h), int(w)), contexts=contexts)
 
 
-def sample_sizes(index: ShardIndex, max_pixels: int, pixels_per_token: int, txt_tokens: int) -> SampleSizes:
+def sample_sizes(index: ShardIndex, transform: Transform, txt_tokens: int) -> SampleSizes:
     """Token sizes from image sizes, by the same rule that the reader crops with."""
-    target_hw = fit_size(index.target_hw, max_pixels, pixels_per_token) // pixels_per_token
-    context_hw = fit_size(index.context_hw, max_pixels, pixels_per_token) // pixels_per_token
+    size = transform.size if index.encoding is None else np.asarray  # what is encoded has its size
+    target_hw = size(index.target_hw) // transform.multiple
+    context_hw = size(index.context_hw) // transform.multiple
     running = np.concatenate([[0], np.cumsum(context_hw.prod(axis=1))])
     return SampleSizes(
         txt_tokens=txt_tokens,

@@ -13,6 +13,7 @@ from kontext_train.data.index import ShardIndex
 from kontext_train.data.loader import PackReader, load_packs
 from kontext_train.data.plan import Pack, Position, SampleSizes, sample_sizes
 from kontext_train.data.sample import SampleReader
+from kontext_train.data.transforms import Transform
 from kontext_train.models.config import EncoderDtype, EncodersConfig
 from kontext_train.models.kontext import tokens_from_latent
 from kontext_train.randomness import VisitRandom
@@ -28,7 +29,7 @@ def encoders() -> Encoders:
 @pytest.fixture(scope="module")
 def source(shards: Path) -> tuple[SampleReader, SampleSizes]:
     index = ShardIndex.open(shards)
-    return SampleReader(index, 64 * 64, 16), sample_sizes(index, 64 * 64, 16, 12)
+    return SampleReader(index, Transform(64 * 64, 16)), sample_sizes(index, Transform(64 * 64, 16), 12)
 
 
 def pack_of(samples: list[int], drop_context: bool = False, drop_prompt: bool = False, counts: bool = True) -> Pack:
