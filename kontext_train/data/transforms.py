@@ -142,7 +142,7 @@ def _draft(image: Image.Image, upright: tuple[int, int], wanted_hw: npt.NDArray[
     """Have a JPEG that is far larger than wanted decoded smaller."""
     height, width = (_DRAFT_GAP * wanted_hw).tolist()
     turned = (image.height, image.width) != upright
-    image.draft(None, (height, width) if turned else (width, height))
+    image.draft(None, (height, width) if turned else (width, height))  # takes (width, height)
 
 
 def to_rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
@@ -150,10 +150,11 @@ def to_rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips 16-bit greys at 255, which turns a photograph white.
         grey = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        image = Image.fromarray((grey * 255 + 32895 >> 16).astype(np.uint8))  # grey / 257, rounded, without dividing
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, background)
+        image.paste(rgba, mask=rgba)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
