@@ -35,7 +35,7 @@ _EXAMPLES = """examples:
 Every shard becomes one of the same name in --out. Processes (torchrun's, a Slurm array's, or both) share the shards out
 among themselves. After a kill, run the same command again: finished shards are kept, the others are made. Whoever
 finishes last writes the index. Then train with data.train=OUT, the same encoders and the same data settings; others are
-refused (docs/encoding.md). Exit status: 0 all samples are encoded; 1 some were bad and are left out; 2 a setting is wrong."""
+refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are left out; 2 a setting is wrong."""
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ def _check_same(out: Path, encoding: dict[str, Any]) -> bool:
     """Whether `out` has an encoding, which must be this one. ValueError if it holds anything else."""
     begun = read_encoding(out)
     if begun is None:
-        if strangers := [path.name for path in out.glob("*.tar")]:
+        if strangers := sorted(path.name for path in out.glob("*.tar")):
             raise ValueError(f"{out} holds {strangers[0]}, which encode_shards did not write. Give another folder")
         return False
     differ = [key for key in encoding if begun.get(key) != encoding[key]]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kontext_train.data.encoding import ENCODING_KEY, ENCODING_NAME, PIXELS_KEY
+from kontext_train.data.encoding import ENCODING_NAME, METADATA_KEY
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
@@ -45,8 +45,8 @@ def to_bytes(moments: Sequence[Tensor], text: StoredText, encoding: str, pixels_
     """
     tensors = {f"context.{i - 1}" if i else "target": image for i, image in enumerate(moments)}
     tensors |= text.tensors()
-    metadata = {ENCODING_KEY: encoding, PIXELS_KEY: str(pixels_per_latent)}
-    return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata)
+    about = json.dumps({"encoding": encoding, "pixels_per_latent": pixels_per_latent})
+    return save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {METADATA_KEY: about})
 
 
 def from_bytes(raw: bytes) -> tuple[list[Tensor], StoredText]:
@@ -123,7 +123,7 @@ def check_encoding(key: str, index: ShardIndex, config: EncodersConfig, transfor
 def write_encoding(folder: Path, encoding: dict[str, Any], empty_prompt: StoredText) -> None:
     """Writes `folder/encoding.safetensors` in one step. Several processes may at once: they write the same."""
     temporary = folder / f".{ENCODING_NAME}.{os.uname().nodename}.{os.getpid()}.partial"
-    temporary.write_bytes(save(empty_prompt.tensors(), {ENCODING_KEY: json.dumps(encoding)}))
+    temporary.write_bytes(save(empty_prompt.tensors(), {METADATA_KEY: json.dumps(encoding)}))
     temporary.replace(folder / ENCODING_NAME)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 ENCODING_NAME = "encoding.safetensors"  # beside the shards
-ENCODING_KEY, PIXELS_KEY = "encoding", "pixels_per_latent"  # metadata of KEY.encoded.safetensors
+METADATA_KEY = "kontext_train"  # one entry of JSON: the order of several would differ from file to file
 _MOST_HEADER_BYTES = 1 << 20
 
 
@@ -25,12 +25,12 @@ def read_encoded_header(file: IO[bytes], size: int) -> EncodedHeader:
     """What the header of a KEY.encoded.safetensors of `size` bytes says. Raises ValueError with the reason."""
     header = _safetensors_header(file, size)
     try:
-        about = header["__metadata__"]
+        about = json.loads(header["__metadata__"][METADATA_KEY])
         shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-        pixels = int(about[PIXELS_KEY])
+        pixels = int(about["pixels_per_latent"])
         names = ["target", *(f"context.{i}" for i in range(sum(name.startswith("context.") for name in shapes)))]
         target_hw, *context_hw = [_image_hw(shapes[name], pixels) for name in names]
-        return EncodedHeader(target_hw, context_hw, str(about[ENCODING_KEY]))
+        return EncodedHeader(target_hw, context_hw, str(about["encoding"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not written by encode_shards ({type(error).__name__}: {error})") from error
 
@@ -64,7 +64,7 @@ def read_encoding(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         with open(path, "rb") as file:
-            return json.loads(_safetensors_header(file, path.stat().st_size)["__metadata__"][ENCODING_KEY])
+            return json.loads(_safetensors_header(file, path.stat().st_size)["__metadata__"][METADATA_KEY])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Copy it again") from error
 

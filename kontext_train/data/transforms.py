@@ -202,7 +202,7 @@ def fit_size(hw: npt.ArrayLike, max_pixels: int, multiple: int, max_upscale: flo
     assert (size >= 1).all()
     # Scaled by s = sqrt(max_pixels / (h w)), h becomes sqrt(max_pixels h / w): an integer square root, no rounding.
     scaled = _isqrt(max_pixels * size // size[..., ::-1])
-    size = np.where(size.prod(axis=-1, keepdims=True) * max_upscale**2 > max_pixels, scaled, size)
+    size = np.where(size.prod(axis=-1, keepdims=True) * max_upscale**2 >= max_pixels, scaled, size)
     size = np.maximum(size // multiple, 1) * multiple
     room = max_pixels // size[..., ::-1] // multiple * multiple  # what the other side leaves
     return np.minimum(size, np.maximum(room, multiple))

@@ -4,17 +4,21 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kontext_train.data import transforms as transforms_module
+from kontext_train.data.config import Crop, DataConfig, Resize
 from kontext_train.data.sample import BadSample, SampleReader
-from kontext_train.data.transforms import Transform, fit_size, load_image
+from kontext_train.data.transforms import KONTEXT_HW, Transform, fit_size, load_image, nearest_kontext_size
+from kontext_train.errors import ConfigError
 from tests.data.test_sample import encode, noise, read_target, write_folder
 
 # ------------------------------------------------------------------------------------------------------------ fit_size
@@ -76,6 +80,20 @@ def test_integer_root_is_exact_around_squares() -> None:
     assert np.array_equal(transforms_module._isqrt(k * k - 1), k - 1)
     assert np.array_equal(transforms_module._isqrt(k * k + 2 * k), k)
     assert (np.sqrt((k * k - 1).astype(np.float64)).astype(np.int64) != k - 1).any()  # control: floats alone are not
+
+
+@pytest.mark.parametrize(
+    ("hw", "max_upscale", "expected"),
+    [
+        ((512, 512), 1.0, (512, 512)),
+        ((512, 512), 2.0, (1024, 1024)),  # exactly the limit
+        ((511, 511), 2.0, (496, 496)),  # past it: its own size, not the limit's
+        ((300, 900), 2.0, (591 // 16 * 16, 1773 // 16 * 16)),
+        ((2048, 2048), 2.0, (1024, 1024)),
+    ],
+)
+def test_enlarging_has_a_limit(hw: tuple[int, int], max_upscale: float, expected: tuple[int, int]) -> None:
+    assert tuple(fit_size(hw, 1 << 20, 16, max_upscale)) == expected
 
 
 def test_fit_size_keeps_shape_and_takes_no_samples() -> None:
@@ -209,3 +227,145 @@ def test_load_image_is_what_the_reader_gives(tmp_path: Path) -> None:
     file.write_bytes(raw[:-100])
     with pytest.raises(ValueError, match=r"x\.png: cannot be decoded"):
         load_image(file, Transform(32 * 32, 16))
+
+
+# -------------------------------------------------------------------------------------------- Kontext's sizes and crops
+
+
+@pytest.fixture(scope="module")
+def released() -> Callable[[tuple[int, int]], tuple[int, int]]:
+    """(height, width) that diffusers' FluxKontextPipeline resizes a context image of (height, width) to."""
+    from diffusers import FluxKontextPipeline
+
+    class Resized(Exception):
+        pass
+
+    def resize(image: Image.Image, height: int, width: int) -> None:
+        raise Resized((height, width))
+
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    pipeline = FluxKontextPipeline(**dict.fromkeys(parts))
+    pipeline.encode_prompt = lambda **options: (None, None, None)
+    pipeline.image_processor.resize = resize
+    prompt = {"prompt_embeds": torch.zeros(1, 1, 1), "pooled_prompt_embeds": torch.zeros(1, 1)}
+
+    def size(hw: tuple[int, int]) -> tuple[int, int]:
+        with pytest.raises(Resized) as resized:
+            pipeline(image=Image.new("1", hw[::-1]), **prompt)
+        return resized.value.args[0]
+
+    return size
+
+
+def test_kontext_sizes_are_those_of_the_released_pipeline(
+    released: Callable[[tuple[int, int]], tuple[int, int]],
+) -> None:
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    assert [hw[::-1] for hw in KONTEXT_HW] == PREFERRED_KONTEXT_RESOLUTIONS
+    sizes = np.random.default_rng(0).integers(1, 3000, (60, 2))
+    sizes = np.concatenate([sizes, [(59, 64), (64, 59), (1, 1), (1024, 1024), (1, 2999), (2999, 1)], KONTEXT_HW])
+    assert [tuple(hw) for hw in nearest_kontext_size(sizes).tolist()] == [released(hw) for hw in sizes.tolist()]
+    large = sizes[-17:] * 2
+    assert np.array_equal(Transform(1 << 20, 16, Resize.kontext).size(large), nearest_kontext_size(large))
+
+
+def test_kontext_keeps_what_would_have_to_grow_too_much() -> None:
+    def size(hw: tuple[int, int], max_upscale: float) -> tuple[int, int]:
+        return tuple(Transform(1 << 20, 16, Resize.kontext, max_upscale).size(hw).tolist())
+
+    assert size((1025, 1025), 1) == (1024, 1024)
+    assert size((1000, 1000), 1) == (992, 992)  # its own size, as a pixel budget would have it
+    assert size((1000, 1000), 1.03) == (1024, 1024)
+    assert size((520, 4000), 1) == (368, 2832)  # wide enough, but not high enough for 672
+    assert size((520, 4000), 1.3) == (672, 1568)
+
+
+def test_kontext_sizes_need_tokens_that_divide_them() -> None:
+    with pytest.raises(ConfigError, match=r"data\.resize='kontext': needs tokens of 16 pixels"):
+        Transform(1 << 20, 32, Resize.kontext)
+    with pytest.raises(
+        ConfigError, match=r"data\.max_pixels=262144: must be at least 1048576 with data.resize=kontext"
+    ):
+        DataConfig(resize=Resize.kontext, max_pixels=512 * 512)
+
+
+@given(st.lists(st.tuples(side, side), min_size=1), st.sampled_from(Resize), st.floats(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_plan_and_reader_have_one_size(sizes: list[tuple[int, int]], resize: Resize, max_upscale: float) -> None:
+    """All at once, as the plan asks, or one by one, as the reader does: the same, and what was encoded stays so."""
+    transform = Transform(1 << 20, 16, resize, max_upscale)
+    planned = transform.size(np.array(sizes, np.int32))
+    assert (planned % 16 == 0).all()
+    assert (planned.prod(-1) <= max(1 << 20, max(h * w for h, w in KONTEXT_HW))).all()
+    assert planned.tolist() == [transform.size(hw).tolist() for hw in sizes]
+
+
+@pytest.mark.parametrize("resize", Resize)
+def test_images_come_at_the_size_of_the_rule(resize: Resize) -> None:
+    transform = Transform(1 << 20, 16, resize, 1.5)
+    for hw in ((900, 1000), (1500, 700), (33, 47), (2500, 2600)):
+        image = transform.apply(io.BytesIO(encode(Image.new("RGB", hw[::-1]), "JPEG")))
+        assert image.shape == (*transform.size(hw).tolist(), 3)
+
+
+def test_random_crops_belong_to_the_visit_and_keep_edits_aligned(tmp_path: Path) -> None:
+    picture = noise(64, 200)
+    index = write_folder(tmp_path, [{"target.png": encode(picture), "context.0.png": encode(picture)}])
+    reader = SampleReader(index, Transform(64 * 64, 64, crop=Crop.random, seed=3))
+    seen = [reader.read(0, visit) for visit in range(8)]
+    assert len({sample.target.tobytes() for sample in seen}) == 8
+    for sample in seen:
+        assert np.array_equal(sample.target, sample.contexts[0])
+    assert np.array_equal(reader.read(0, 5).target, seen[5].target)
+    other = SampleReader(index, Transform(64 * 64, 64, crop=Crop.random, seed=4)).read(0, 5)
+    assert not np.array_equal(other.target, seen[5].target)
+    fixed = SampleReader(index, Transform(64 * 64, 64))
+    assert np.array_equal(fixed.read(0, 1).target, fixed.read(0, 2).target)
+
+
+def test_the_background_is_an_option() -> None:
+    clear = io.BytesIO(encode(Image.new("RGBA", (16, 16), (9, 9, 9, 0))))
+    assert (Transform(1 << 20, 16, background=(255, 0, 7)).apply(clear) == (255, 0, 7)).all()
+    with pytest.raises(ConfigError, match=r"data\.background=\[1, 2\]: must be red, green and blue from 0 to 255"):
+        DataConfig(background=[1, 2])
+
+
+# ------------------------------------------------------------------------------------------ decoding large JPEGs smaller
+
+
+def picture_of(height: int, width: int) -> Image.Image:
+    """Detail of all sizes, as photographs have it: noise whose spectrum falls with frequency, and edges."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    spectrum = rng.standard_normal((3, *frequency.shape)) + 1j * rng.standard_normal((3, *frequency.shape))
+    waves = np.fft.irfft2(spectrum / frequency**1.2, (height, width))
+    waves /= waves.std()
+    rows, columns = np.mgrid[:height, :width]
+    for y, x, radius in rng.integers(1, min(height, width) // 2, (8, 3)):
+        waves[:, (rows - 2 * y) ** 2 + (columns - 2 * x) ** 2 < radius**2] += rng.standard_normal((3, 1))
+    return Image.fromarray((waves.transpose(1, 2, 0) * 45 + 128).clip(0, 255).astype(np.uint8))
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio."""
+    return 10 * math.log10(255**2 / max(1e-9, ((a.astype(float) - b) ** 2).mean()))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_decoded_smaller_is_the_same_picture(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encode(picture_of(1000, 1500), "JPEG", quality=92, exif=exif)
+    transform = Transform(256 * 256, 16)
+    drafted = transform.apply(io.BytesIO(raw))
+    monkeypatch.setattr(Image.Image, "draft", lambda *arguments: None)
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *arguments: None)
+    whole = transform.apply(io.BytesIO(raw))
+    assert drafted.shape == whole.shape
+    assert not np.array_equal(drafted, whole)  # it was decoded smaller
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
+    bicubic = ImageOps.fit(upright, whole.shape[1::-1], Image.Resampling.BICUBIC)
+    assert decibels(drafted, whole) > 50
+    assert decibels(drafted, whole) > decibels(np.asarray(bicubic), whole)
