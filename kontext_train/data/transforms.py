@@ -41,9 +41,9 @@ KONTEXT_HW = (
     (688, 1504),
     (672, 1568),
 )
-# A JPEG of many times the wanted size is decoded by libjpeg at 1/2, 1/4 or 1/8, but at no less than 1.5 times the wanted
-# size; the filter does the rest. Against decoding all of it that is 48.5 dB or more on pictures of 12 megapixels (bicubic
-# against Lanczos is 49 dB) in half of the time; on 24 megapixels 53 dB in 0.4 of it. Without the 1.5 it would be 44 dB.
+# A JPEG of many times the wanted size is decoded by libjpeg at 1/2, 1/4 or 1/8, but at no less than 1.5 times the
+# wanted size; the filter does the rest. Against decoding all of it that is 48.5 dB or more on pictures of 12 megapixels
+# (bicubic against Lanczos is 49 dB) in half of the time, and 53 dB on 24 megapixels; without the 1.5 it would be 44 dB.
 _DRAFT_GAP = 1.5
 
 
