@@ -76,7 +76,9 @@ def _text(
     if stored is not None and stored.t5_LE is not None:
         return stored.t5_LE.to(device).float(), stored.clip_P.to(device)
     assert encoders is not None  # train.py loads them unless all text is stored
-    return encoders(prompts) if stored is None else (encoders.tokens(prompts), stored.clip_P.to(device))
+    if stored is None:
+        return encoders(prompts)
+    return encoders(prompts, pooled=False)[0], stored.clip_P.to(device)
 
 
 def image_tokens(

@@ -32,9 +32,12 @@ class TextEncoders(nn.Module):
                     yield from module.children()
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """[S, t5_tokens, E] and [S, P] float32."""
-        return self.tokens(prompts), self.pooled(prompts)
+    def forward(self, prompts: Sequence[str], *, pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """[S, t5_tokens, E] and [S, P] float32; None for the second where it is not wanted.
+
+        Sharded encoders are gathered for this call alone; `tokens` and `pooled` are for those that are whole.
+        """
+        return self.tokens(prompts), self.pooled(prompts) if pooled else None
 
     @torch.no_grad()
     def tokens(self, prompts: Sequence[str]) -> Tensor:
