@@ -54,9 +54,7 @@ def share_of(environ: Mapping[str, str]) -> tuple[int, int]:
     step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
     task = (int(environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(environ.get("SLURM_ARRAY_TASK_MIN", 0))) // step
     if not 0 <= task < tasks:
-        raise ValueError(
-            f"task {task} of a Slurm array of {tasks}: numbers must have no gaps. Use --array=0-{tasks - 1}"
-        )
+        raise ValueError(f"task {task} of a Slurm array of {tasks}: its numbers have gaps. Use --array=0-{tasks - 1}")
     return task * ranks + rank, tasks * ranks
 
 

@@ -28,7 +28,7 @@ TRANSFORM = Transform(64 * 64, 16)
 
 
 def fate(folder: Path, raw: bytes, suffix: str = "png") -> str:
-    """ "read", or the reason why not, through index and reader."""
+    """What becomes of a member, through index and reader: `read`, or the reason why not."""
     folder.mkdir(exist_ok=True)
     write_tar(folder / "a.tar", [("k.json", b'{"prompt": ""}'), (f"k.target.{suffix}", raw)])
     report = build_index(folder)
@@ -51,7 +51,7 @@ def fate(folder: Path, raw: bytes, suffix: str = "png") -> str:
 
 GOOD = {
     "png": encode(noise(70, 90)),
-    "interlaced.png": encode(noise(70, 90, 4)),
+    "rgba.png": encode(noise(70, 90, 4)),
     "jpg": encode(noise(70, 90), "JPEG"),
     "progressive.jpg": encode(noise(70, 90), "JPEG", progressive=True),
     "webp": encode(noise(70, 90), "WEBP"),
