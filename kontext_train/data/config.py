@@ -5,7 +5,7 @@ from enum import Enum
 
 from kontext_train.errors import ConfigError
 
-KONTEXT_PIXELS = 1024 * 1024
+KONTEXT_PIXELS = 1024 * 1024  # what the sizes of Resize.kontext have, about
 
 
 class Resize(Enum):
@@ -23,7 +23,7 @@ class DataConfig:
     train: str = ""  # folder of indexed shards
     validation: str | None = None  # folder of indexed shards; none switches validation off
     resize: Resize = Resize.pixel_budget
-    max_pixels: int = KONTEXT_PIXELS  # larger images are scaled down to this, keeping their aspect ratio
+    max_pixels: int = 1024 * 1024  # larger images are scaled down to this, keeping their aspect ratio
     max_upscale: float = 1.0  # an image that had to grow more than this a side keeps its own size; 1 enlarges none
     crop: Crop = Crop.center  # where the few pixels go that the resized image has too many
     background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB, seen through transparency

@@ -62,17 +62,19 @@ def from_bytes(raw: bytes) -> tuple[list[Tensor], StoredText]:
 def describe_encoding(config: EncodersConfig, transform: Transform, t5: bool, source: str) -> dict[str, Any]:
     """All that decides what is in encoded shards, by config key. source: digest of the index they are made from."""
     path = Path(config.path)
-    digests = {"vae": weights_digest([path / "vae"])}
-    for number in ("", "_2"):
-        encoder = f"text_encoder{number}"
-        digests[encoder] = weights_digest([path / encoder, path / f"tokenizer{number}"])
+    digests = {
+        "vae": weights_digest([path / "vae"]),
+        "text_encoder": weights_digest([path / "text_encoder", path / "tokenizer"]),
+    }
+    if t5:  # T5 that runs while training may be any
+        digests["text_encoder_2"] = weights_digest([path / "text_encoder_2", path / "tokenizer_2"])
     return {
         "format_version": FORMAT_VERSION,
         "source": source,
         "t5": t5,
         "encoders.path": digests,
         "encoders.dtype": config.dtype.value,
-        "encoders.t5_tokens": config.t5_tokens,
+        **({"encoders.t5_tokens": config.t5_tokens} if t5 else {}),
         "data.resize": transform.resize.value,
         "data.max_pixels": transform.max_pixels,
         "data.max_upscale": transform.max_upscale,
@@ -109,14 +111,13 @@ def check_encoding(key: str, index: ShardIndex, config: EncodersConfig, transfor
         raise ConfigError(key, str(folder), rule, "Encode it again: python -m data_tools.encode_shards --help")
     ours = describe_encoding(config, transform, stored["t5"], stored["source"])
     hint = f"Use that, or encode the pixel shards again ({key} is a folder of encoded shards)"
-    online = () if stored["t5"] else ("text_encoder_2", "encoders.t5_tokens")  # T5 that runs while training is free
     for setting, value in ours.items():
         if setting == "encoders.path":
-            other = [part for part, digest in value.items() if digest != stored[setting][part] and part not in online]
+            other = [part for part, digest in value.items() if digest != stored[setting][part]]
             if other:
                 rule = f"has another {other[0]} than {folder} was encoded with"
                 raise ConfigError(setting, config.path, rule, hint)
-        elif value != stored[setting] and setting not in online:
+        elif value != stored[setting]:
             raise ConfigError(setting, value, f"but {folder} was encoded with {stored[setting]!r}", hint)
 
 
@@ -128,6 +129,15 @@ def write_encoding(folder: Path, encoding: dict[str, Any], empty_prompt: StoredT
 
 
 def read_empty_prompt(folder: Path) -> StoredText:
-    """The empty prompt's encoding in a folder of encoded shards. Raises OSError if the file is gone."""
-    tensors = load((folder / ENCODING_NAME).read_bytes())
-    return StoredText(tensors["clip"], tensors.get("t5"))
+    """The empty prompt's encoding in a folder of encoded shards.
+
+    Raises:
+        OSError: `encoding.safetensors` is gone.
+        ValueError: it is damaged.
+    """
+    path = folder / ENCODING_NAME
+    try:
+        tensors = load(path.read_bytes())
+        return StoredText(tensors["clip"], tensors.get("t5"))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy it again") from error

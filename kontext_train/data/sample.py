@@ -124,6 +124,9 @@ class SampleReader:
         given = [(image.shape[-2] * pixels, image.shape[-1] * pixels) for image in moments]
         if given != indexed:
             raise ValueError(f"holds latents of {given}, the index says images of {indexed} (height×width)")
+        assert self.index.encoding is not None
+        if (text.t5_LE is not None) != self.index.encoding["t5"]:
+            raise ValueError("holds T5's tokens and should not, or the other way round")
         return moments, text
 
     def _hw(self, i: int) -> list[tuple[int, int]]:
