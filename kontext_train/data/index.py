@@ -132,12 +132,9 @@ def build_index(folder: Path, *, shards: list[Path] | None = None) -> IndexRepor
     for number, path in enumerate(paths):
         name, state = path.relative_to(folder).as_posix(), path.stat()
         described.append({"path": name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns})
-        for found in scan_shard(path, name, state.st_size):
+        for found in scan_shard(path, name, state.st_size, expected):
             if isinstance(found, Problem):
                 problems.append(found)
-            elif found.encoding != expected:
-                reason = "encoded otherwise than encoding.safetensors says: a folder holds one encoding, or images"
-                problems.append(Problem(name, found.key, reason))
             else:
                 columns.append(number, found)
     header = {

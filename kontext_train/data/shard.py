@@ -193,16 +193,23 @@ def _data_after_end(tar: tarfile.TarFile) -> bool:
     return any(tar.fileobj.read(_TAIL_BYTES))
 
 
-def scan_shard(path: Path, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
-    """Yields each sample of a shard, or the problem that keeps it out. OSError of the storage is not a problem."""
+def scan_shard(
+    path: Path, name: str, shard_bytes: int, encoding: str | None = None
+) -> Iterator[ScannedSample | Problem]:
+    """Yields each sample of a shard, or the problem that keeps it out. OSError of the storage is not a problem.
+
+    encoding: digest of what all samples must have been encoded with; None for shards of images.
+    """
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            yield from _scan_members(tar, name, shard_bytes)
+            yield from _scan_members(tar, name, shard_bytes, encoding)
     except tarfile.ReadError as error:  # the very first header
         yield Problem(name, "", f"not an uncompressed tar file ({error})")
 
 
-def _scan_members(tar: tarfile.TarFile, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
+def _scan_members(
+    tar: tarfile.TarFile, name: str, shard_bytes: int, encoding: str | None
+) -> Iterator[ScannedSample | Problem]:
     finished: set[str] = set()
     key, group = "", list[tuple[str, tarfile.TarInfo]]()
 
@@ -214,7 +221,10 @@ def _scan_members(tar: tarfile.TarFile, name: str, shard_bytes: int) -> Iterator
             return
         finished.add(key)
         try:
-            yield _read_sample(tar, key, group)
+            sample = _read_sample(tar, key, group)
+            if sample.encoding != encoding:
+                raise ValueError("not encoded as encoding.safetensors says: a folder holds one encoding, or images")
+            yield sample
         except ValueError as error:
             yield Problem(name, key, str(error))
 

@@ -325,7 +325,7 @@ def test_the_index_names_damaged_members(encoded: Path, tmp_path: Path) -> None:
         "huge": (b"\xff" * 16, "no safetensors file, or a truncated one"),
         "strange": (save(strange), r"not written by encode_shards \(KeyError"),
         "shape": (save(strange, {"kontext_train": about}), "not written by encode_shards"),
-        "other": (other, r"encoded otherwise than encoding\.safetensors says"),
+        "other": (other, r"not encoded as encoding\.safetensors says"),
         "empty": (b"", r"encoded\.safetensors is empty \(0 bytes\)"),
     }
     for case, (raw, message) in cases.items():
@@ -339,7 +339,7 @@ def test_encoded_samples_do_not_mix_with_images(source: Path, encoded: Path, tmp
     report = build_index(tmp_path / "both")
     assert report.samples == 60
     assert {p.reason for p in report.problems} == {
-        "encoded otherwise than encoding.safetensors says: a folder holds one encoding, or images"
+        "not encoded as encoding.safetensors says: a folder holds one encoding, or images"
     }
     (tmp_path / "both" / "encoding.safetensors").unlink()
     assert build_index(tmp_path / "both").samples == 15  # now it is a folder of images
