@@ -37,7 +37,7 @@ def write_synthetic(folder: Path, samples: int) -> None:
                 "problems": 0,
             }
             writer.append(shard, _made_up(first, n, rng))
-        writer.finish(folder / INDEX_NAME, base="https://example.invalid/shards", whole_folder=True)
+        writer.finish(folder / INDEX_NAME, encoding=None, base="https://example.invalid/shards", whole_folder=True)
 
 
 def _made_up(first: int, n: int, rng: np.random.Generator) -> Columns:

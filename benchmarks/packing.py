@@ -23,6 +23,7 @@ import numpy.typing as npt
 from kontext_train.data.config import DataConfig
 from kontext_train.data.plan import Planner, Position, Window
 from kontext_train.data.sources import Mixture, Source
+from kontext_train.data.transforms import Transform
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flops import forward_flops
 
@@ -47,6 +48,8 @@ class MixedIndex:
         self.context_start = np.append(0, np.cumsum(contexts))
         owner = np.repeat(np.arange(n), contexts)
         self.context_hw = _image_sizes(side[owner], random.integers(len(ASPECT_RATIOS), size=len(owner)))
+        self.samples_by_contexts = np.bincount(contexts).tolist()
+        self.encoding = None
         self.digest = f"mixed {n} {seed}"
 
     def __len__(self) -> int:
@@ -59,9 +62,9 @@ def _image_sizes(side: Ints, aspect: Ints) -> npt.NDArray[np.int32]:
 
 
 def mixed_planner(n: int, budget: int, window_samples: int, seed: int = 0) -> Planner:
-    source = Source("mixed", MixedIndex(n, seed), Fraction(1), 1024 * 1024, 0.0, 0.0)  # type: ignore[arg-type]
+    source = Source("mixed", MixedIndex(n, seed), Fraction(1), Transform(1024 * 1024, PIXELS_PER_TOKEN), 0.0, 0.0)  # type: ignore[arg-type]
     config = DataConfig(tokens_per_pack=budget, window_samples=window_samples)
-    return Planner(Mixture([source], PIXELS_PER_TOKEN, TXT_TOKENS), config, seed, FLOPS.of_tokens)
+    return Planner(Mixture([source], TXT_TOKENS), config, seed, FLOPS.of_tokens)
 
 
 @dataclass

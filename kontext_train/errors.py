@@ -15,3 +15,7 @@ class StorageError(OSError):
 
     It takes one string and nothing else, so that a DataLoader worker can hand it to the parent unchanged.
     """
+
+
+class MissingFile(StorageError, FileNotFoundError):
+    """A remote file is not there, or may not be seen."""

@@ -49,17 +49,19 @@ def sweep_member(hydra_config: HydraConf) -> str:
 
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
+    from dataclasses import replace
     from fractions import Fraction
 
     import torch
 
-    from kontext_train.data.config import SourceConfig
+    from kontext_train.data.config import Crop
     from kontext_train.data.encode import load_encoders
+    from kontext_train.data.encoded import check_encoding
     from kontext_train.data.index import ShardIndex
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, plan_digest
-    from kontext_train.data.sample import SampleReader
-    from kontext_train.data.sources import Mixture, Source, shares
+    from kontext_train.data.sources import Mixture, Source, check_one_kind, shares
+    from kontext_train.data.transforms import Transform
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
@@ -87,28 +89,35 @@ def train(config: TrainConfig) -> None:
         except (ValueError, StorageError) as error:
             raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
 
-    def planned(sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
-        mixture = Mixture(sources, pixels_per_token, config.encoders.t5_tokens)
+    def planned(key: str, sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
+        for source in sources:
+            check_encoding(key.format(source.name), source.index, config.encoders, source.transform)
+        mixture = Mixture(sources, config.encoders.t5_tokens)
         mixture.check_budget(config.data.tokens_per_pack)
-        readers = [SampleReader(source.index, source.max_pixels, pixels_per_token) for source in sources]
         planner = Planner(mixture, config.data, config.run.seed, flops.of_tokens)
         pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
-        return planner, PackReader(readers, mixture, holes=holes, pad_to=pad_to)
+        return planner, PackReader(mixture, holes=holes, pad_to=pad_to)
 
     given = config.data.of_sources()
     key = "data.sources.{}.path" if config.data.sources else "data.train"
+    transform = Transform.of(config.data, pixels_per_token, config.run.seed)
     indexes = {name: opened(key.format(name), source.path) for name, source in given.items()}
+    check_one_kind(indexes)
     share = shares(given, {name: len(index) for name, index in indexes.items()})
-    sources = [Source.of(name, given[name], indexes[name], share[name]) for name in given]
-    planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
+    sources = [Source.of(name, given[name], indexes[name], share[name], transform) for name in given]
+    planner, reader = planned(key, sources, holes=config.data.max_bad_fraction > 0)
     held_out = None
     if config.data.validation:
-        its_index = opened("data.validation", config.data.validation)
-        alone = SourceConfig(max_pixels=config.data.max_pixels, prompt_dropout=0.0, context_dropout=0.0)
-        held_out = planned([Source.of("validation", alone, its_index, Fraction(1))], holes=False)
-        if config.validation.samples > len(its_index):
-            rule = f"but data.validation holds {len(its_index)} samples"
+        centred = replace(transform, crop=Crop.center)  # validation never changes
+        indexes["validation"] = opened("data.validation", config.data.validation)
+        if config.validation.samples > len(indexes["validation"]):
+            rule = f"but data.validation holds {len(indexes['validation'])} samples"
             raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
+        its_source = Source("validation", indexes["validation"], Fraction(1), centred, 0.0, 0.0)
+        held_out = planned("data.validation", [its_source], holes=False)
+    # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
+    all_stored = all(index.encoding is not None and index.encoding["t5"] for index in indexes.values())
+    needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
     attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
@@ -125,8 +134,8 @@ def train(config: TrainConfig) -> None:
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
-        encoders = load_encoders(config.encoders, world.device)
-        if config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
+        encoders = load_encoders(config.encoders, world.device, text=needs_text)
+        if encoders.text is not None and config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
             shard(encoders.text, world.mesh, config.parallel)
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))

@@ -3,21 +3,21 @@
 Legend: S samples, M target tokens, C channels of a token.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kontext_train.data.index import SampleLocation
+from kontext_train.data.encoded import StoredText
 from kontext_train.data.plan import Pack, Position
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.sources import Mixture
 from kontext_train.models.kontext import Conditioning
-from kontext_train.models.sequence import SampleShape, SequenceLayout, build_layout
+from kontext_train.models.sequence import SequenceLayout, build_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,15 @@ class BadSampleNote:
 class PixelBatch:
     """Samples as read: images of any size, prompts as text. Everything is on the CPU.
 
-    All pixels lie in one tensor, since each tensor that a worker process hands over costs a file descriptor.
+    Of encoded shards the images are latents, and `text` is what the encoders made of the prompts. All images lie in one
+    tensor, since each tensor that a worker process hands over costs a file descriptor.
     """
 
     keys: list[str]  # shard:key of each sample, for error messages
     prompts: list[str]
-    pixels: Tensor  # uint8, one dimension: targets, then contexts, sample after sample, each [H, W, 3]
-    image_hw: list[tuple[int, int]]  # of each of them
+    images: Tensor  # one dimension: targets, then contexts, sample after sample
+    image_shapes: list[torch.Size]  # of each of them: [H, W, 3] uint8, or [2, C, h, w] mean and log-variance
+    text: StoredText | None  # [S, ...]; None: the text encoders have all to do
     layout: SequenceLayout
     visits: list[int]
     weight_S: Tensor  # float32: 1 / planned samples of the whole step; 0 for filler and holes
@@ -49,17 +51,18 @@ class PixelBatch:
     bad: list[BadSampleNote]  # its samples that could not be read
 
     def _images(self) -> list[Tensor]:
-        parts = self.pixels.split([3 * h * w for h, w in self.image_hw])
-        return [part.view(h, w, 3).permute(2, 0, 1) for part, (h, w) in zip(parts, self.image_hw, strict=True)]
+        parts = self.images.split([math.prod(shape) for shape in self.image_shapes])
+        images = [part.view(shape) for part, shape in zip(parts, self.image_shapes, strict=True)]
+        return [image.permute(2, 0, 1) for image in images] if self.images.dtype == torch.uint8 else images
 
     @property
     def targets(self) -> list[Tensor]:
-        """[3, H, W] uint8 of each sample."""
+        """[3, H, W] uint8 of each sample, or [2, C, h, w]."""
         return self._images()[: len(self.keys)]
 
     @property
     def contexts(self) -> list[Tensor]:
-        """[3, H, W] uint8 of each context image, sample after sample."""
+        """[3, H, W] uint8 of each context image, or [2, C, h, w], sample after sample."""
         return self._images()[len(self.keys) :]
 
 
@@ -88,32 +91,38 @@ def read_pack(
 ) -> PixelBatch:
     """Read and decode a planned pack. pad_to: tokens of the sequence with padding; None adds none.
 
-    A sample that cannot be read leaves a hole if `holes`: black images of the planned sizes, the empty prompt, weight
-    0. So every pack keeps its layout and every step its number of samples, and no rank has to tell the others.
-    Otherwise it raises BadSample, which names shard and key.
+    A sample that cannot be decoded leaves a hole if `holes`: `SampleReader.hole`, of weight 0. So every pack keeps its
+    layout and every step its number of samples, and no rank has to tell the others. Otherwise it raises BadSample,
+    which names shard and key.
     """
     where = [mixture.locate(i) for i in pack.samples.tolist()]
-    shapes = [mixture.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
-    encoded = _fetch(where, readers)
     raws, bad = list[RawSample](), list[BadSampleNote]()
-    for (number, row), visit, shape, raw in zip(where, pack.visits.tolist(), shapes, encoded, strict=True):
+    for (number, row), visit, raw in zip(where, pack.visits.tolist(), _fetch(where, readers), strict=True):
+        reader = readers[number]
         try:
-            raws.append(readers[number].decode(row, raw))
+            raws.append(reader.decode(row, raw, visit))
         except BadSample as error:
             if not holes:
                 raise
-            location = readers[number].index.location(row)
-            raws.append(_hole(location, shape, mixture.pixels_per_token))
+            raws.append(reader.hole(row))
+            location = reader.index.location(row)
             bad.append(BadSampleNote(visit, location.file.path, location.key, str(error)))
     lost = {note.visit for note in bad}
     counts = pack.counts & np.array([visit not in lost for visit in pack.visits.tolist()])
     images = [raw.target for raw in raws]
     images += [c for raw, drop in zip(raws, pack.drop_context, strict=True) if not drop for c in raw.contexts]
+    tensors = [torch.as_tensor(image) for image in images]
+    texts = [
+        readers[number].empty_prompt if drop and raw.text is not None else raw.text
+        for (number, _), raw, drop in zip(where, raws, pack.drop_prompt, strict=True)
+    ]
+    shapes = [mixture.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
     return PixelBatch(
         keys=[f"{raw.shard}:{raw.key}" for raw in raws],
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
-        pixels=torch.from_numpy(np.concatenate([image.ravel() for image in images])),
-        image_hw=[image.shape[:2] for image in images],
+        images=torch.cat([tensor.ravel() for tensor in tensors]),
+        image_shapes=[tensor.shape for tensor in tensors],
+        text=_stacked(texts),
         layout=build_layout(shapes, pad_to),
         visits=pack.visits.tolist(),
         weight_S=torch.from_numpy(counts.astype("float32")) / pack.samples_in_step,
@@ -126,7 +135,7 @@ def read_pack(
 def _fetch(where: Sequence[tuple[int, int]], readers: Sequence[SampleReader]) -> list[bytes]:
     """The encoded bytes of samples, in their order. where: (source, row) of each. Those of a source are read at once.
 
-    What goes wrong here is the storage's fault and ends the run: a hole is for a sample that is bad wherever it is read.
+    What goes wrong here is the storage's fault and ends the run; a hole is for a sample that was read and is bad.
     """
     rows_of = defaultdict[int, list[int]](list)
     for number, row in where:
@@ -135,12 +144,10 @@ def _fetch(where: Sequence[tuple[int, int]], readers: Sequence[SampleReader]) ->
     return [next(fetched[number]) for number, _ in where]
 
 
-def _hole(location: SampleLocation, shape: SampleShape, pixels_per_token: int) -> RawSample:
-    """What stands where a sample could not be read."""
-
-    def black(grid: tuple[int, int]) -> npt.NDArray[np.uint8]:
-        return np.zeros((grid[0] * pixels_per_token, grid[1] * pixels_per_token, 3), dtype=np.uint8)
-
-    return RawSample(
-        location.key, location.name, "", {}, black(shape.target), [black(context) for context in shape.contexts]
-    )
+def _stacked(texts: list[StoredText | None]) -> StoredText | None:
+    """[S, ...] of samples that all have the same; None of samples of images."""
+    stored = [text for text in texts if text is not None]
+    if not stored:
+        return None
+    t5 = [text.t5_LE for text in stored if text.t5_LE is not None]
+    return StoredText(torch.stack([text.clip_P for text in stored]), torch.stack(t5) if t5 else None)

@@ -1,11 +1,13 @@
 """Choices of this room. Torch-free."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from kontext_train.errors import ConfigError
 
 URL_SCHEMES = ("http", "https", "s3")
+KONTEXT_PIXELS = 1024 * 1024  # what the sizes of Resize.kontext have, about
 
 
 def is_url(folder: str) -> bool:
@@ -33,6 +35,16 @@ class StorageConfig:
                 raise ConfigError(f"data.storage.{key}", getattr(self, key), rule, "Give a larger value")
 
 
+class Resize(Enum):
+    pixel_budget = "pixel_budget"  # the image's own aspect ratio, at most max_pixels
+    kontext = "kontext"  # the nearest by aspect ratio of the 17 sizes of one megapixel that Kontext was trained at
+
+
+class Crop(Enum):
+    center = "center"
+    random = "random"  # another place at each visit, the same for all images of a sample
+
+
 @dataclass(slots=True)
 class SourceConfig:
     """One dataset of several. What is not given here is as for all of them."""
@@ -50,7 +62,11 @@ class DataConfig:
     train: str = ""  # folder of indexed shards, or its URL; or instead of it
     sources: dict[str, Any] = field(default_factory=dict)  # SourceConfig by name: +data.sources.web.path=SHARDS
     validation: str | None = None  # folder of indexed shards, or its URL; none switches validation off
+    resize: Resize = Resize.pixel_budget
     max_pixels: int = 1024 * 1024  # larger images are scaled down to this, keeping their aspect ratio
+    max_upscale: float = 1.0  # an image that had to grow more than this a side keeps its own size; 1 enlarges none
+    crop: Crop = Crop.center  # where the few pixels go that the resized image has too many
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB, seen through transparency
     tokens_per_pack: int = 16_384  # budget of one forward pass on one GPU: text + target + context tokens
     pad_packs: bool = False  # pad every pack to tokens_per_pack, so that compiled code is specialised for one length
     window_samples: int = 65_536  # samples are mixed and packed among so many; 16 steps' worth or more balance well
@@ -67,6 +83,14 @@ class DataConfig:
                 raise ConfigError(f"data.{key}", getattr(self, key), "must be at least 1", "Give a larger value")
         _check_scheme("data.train", self.train)
         _check_scheme("data.validation", self.validation or "")
+        if self.resize is Resize.kontext and self.max_pixels < KONTEXT_PIXELS:
+            rule = f"must be at least {KONTEXT_PIXELS} with data.resize=kontext, whose sizes are of one megapixel"
+            raise ConfigError("data.max_pixels", self.max_pixels, rule, "Use data.resize=pixel_budget for less")
+        if self.max_upscale < 1:
+            raise ConfigError("data.max_upscale", self.max_upscale, "must be at least 1", "1 enlarges no image")
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            rule = "must be red, green and blue from 0 to 255"
+            raise ConfigError("data.background", self.background, rule, "White is [255,255,255]")
         if self.workers < 0:
             raise ConfigError("data.workers", self.workers, "must not be negative", "0 reads in the training process")
         for key in ("prompt_dropout", "context_dropout", "max_bad_fraction"):

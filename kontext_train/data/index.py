@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kontext_train.data.config import StorageConfig, is_url
+from kontext_train.data.encoding import ENCODING_NAME, digest_of, parse_encoding
 from kontext_train.data.index_file import INDEX_NAME, Columns, IndexWriter, map_index
 from kontext_train.data.index_scan import Scan, scan_all
 from kontext_train.data.shard import Problem, Span
-from kontext_train.data.storage import ShardFile, scratch_folder
+from kontext_train.data.storage import ShardFile, read_whole, scratch_folder
 from kontext_train.errors import StorageError
 
 _PARTIAL_NAME = ".index.partial"
@@ -106,7 +108,7 @@ def build_index(
         raise ValueError(f"{folder} has no shards: no *.tar (uncompressed) is directly in it. {_MAKE}")
     problems = [] if shards is not None else _compressed(sorted(path.name for path in base.iterdir()))
     described = {path.relative_to(base).as_posix(): ShardFile.local(path) for path in paths}
-    header = {"base": None, "whole_folder": shards is None}
+    header = {"base": None, "whole_folder": shards is None, "encoding": read_encoding(str(base), storage)}
     report = _build(described, base / INDEX_NAME, base / _PARTIAL_NAME, header, workers, storage, progress)
     report.problems[:0] = problems
     return report
@@ -130,7 +132,8 @@ def _build_remote(
     if out is None and INDEX_NAME in names and not (place / INDEX_NAME).exists():  # it does after a failed upload
         remote.download(remote.look([f"{url}/{INDEX_NAME}"])[0], place / INDEX_NAME)
     files = {file.path[len(url) + 1 :]: file for file in described}
-    header = {"base": url if out else None, "whole_folder": shards is None}
+    encoding = read_encoding(url, storage) if shards is not None or ENCODING_NAME in names else None
+    header = {"base": url if out else None, "whole_folder": shards is None, "encoding": encoding}
     report = _build(files, place / INDEX_NAME, place / _PARTIAL_NAME, header, workers, storage, progress)
     report.problems[:0] = _compressed(names)
     if out is None:
@@ -149,9 +152,11 @@ def _build(
     progress: bool,
 ) -> IndexReport:
     """Scans what neither the index at `path` nor a killed run knows, and writes the index. files: by name."""
-    known = _Known(path)
+    encoding = header["encoding"]
+    digest = None if encoding is None else digest_of(encoding)
+    known = _Known(path, encoding)
     partial.mkdir(exist_ok=True)
-    scans = {name: Scan(file, name, partial) for name, file in files.items() if not known.has(name, file)}
+    scans = {name: Scan(file, name, partial, digest) for name, file in files.items() if not known.has(name, file)}
     todo = [scan for scan in scans.values() if not scan.done()]
     report = IndexReport(samples=0, shards=len(files), problems=[], scanned=len(todo))
     try:
@@ -172,11 +177,13 @@ def _build(
 class _Known:
     """What an older index says of shards that are as they were. Those with problems are read again, to report them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, encoding: dict[str, Any] | None) -> None:
         try:
             header, _, self._columns = map_index(path, "")
         except (FileNotFoundError, ValueError):
-            header = {"shards": []}
+            header = {"shards": [], "encoding": encoding}
+        if header["encoding"] != encoding:
+            header["shards"] = []
         self._shards, end = dict[str, dict[str, Any]](), 0
         for shard in header["shards"]:
             first, end = end, end + shard["samples"]
@@ -219,6 +226,15 @@ def _name_of(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
+def read_encoding(folder: str, storage: StorageConfig | None = None) -> dict[str, Any] | None:
+    """How the shards of a folder were encoded; None for shards of images. Raises ValueError if that is damaged."""
+    path = f"{folder}/{ENCODING_NAME}"
+    try:
+        return parse_encoding(path, read_whole(path, storage))
+    except FileNotFoundError:
+        return None
+
+
 class ShardIndex:
     """A memory-mapped `index.arrow`. Arrays are read-only views of the file: processes share one copy, and each touches
     only the pages of what it looks at.
@@ -232,6 +248,7 @@ class ShardIndex:
         samples_by_contexts: how many samples have 0, 1, 2, … context images; the last entry is not 0.
         base: what shards' names start from: `folder`, or the URL that an index in a local folder was made of.
         digest: names the samples and their order; the same for a copy of the folder and for an index built again.
+        encoding: how encoded shards were made (`encoded.describe_encoding`); None for shards of images.
     """
 
     def __init__(self, folder: str, file: Path, storage: StorageConfig | None = None) -> None:
@@ -240,6 +257,7 @@ class ShardIndex:
         header, self._shard, self._columns = map_index(file, _run(folder))
         self.base: str = header["base"] or folder
         self.digest: str = header["digest"]
+        self.encoding: dict[str, Any] | None = header["encoding"]
         self.samples_by_contexts: list[int] = header["samples_by_contexts"]
         self._shards, self._whole_folder = header["shards"], header["whole_folder"]
         self.target_hw: npt.NDArray[np.int32] = self._columns.target_hw
@@ -302,6 +320,11 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self._shard)
+
+    def shard_rows(self) -> list[tuple[str, range]]:
+        """(path within the folder, samples) of each shard, in order; together all samples."""
+        ends = accumulate((shard["samples"] for shard in self._shards), initial=0)
+        return [(s["path"], range(*rows)) for s, rows in zip(self._shards, pairwise(ends), strict=True)]
 
     def location(self, i: int) -> SampleLocation:
         """Where the bytes of sample i are, 0 <= i < len(self). Raises IndexError outside of that."""

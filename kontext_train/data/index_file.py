@@ -116,12 +116,16 @@ class IndexWriter:
         self._samples_by_contexts = counts
         self._shards.append(shard | {"samples": len(columns)})
 
-    def finish(self, path: Path, **header: Any) -> int:
-        """Writes the index, replacing an older one in one step. Returns its number of samples."""
+    def finish(self, path: Path, encoding: dict[str, Any] | None, **header: Any) -> int:
+        """Writes the index, replacing an older one in one step. Returns its number of samples.
+
+        encoding: how the samples were encoded, which is part of the digest; None for images.
+        """
         for file in self._files.values():
             file.close()
         counts = self._samples_by_contexts.tolist()
-        header |= {"digest": self._digest(), "samples": sum(counts), "samples_by_contexts": counts}
+        header |= {"digest": self._digest(encoding), "encoding": encoding}
+        header |= {"samples": sum(counts), "samples_by_contexts": counts}
         write_index(path, self._mapped("shard"), Columns(*map(self._mapped, _NAMES[1:])), self._shards, **header)
         return sum(counts)
 
@@ -142,9 +146,10 @@ class IndexWriter:
         empty = path.stat().st_size == 0  # which cannot be mapped
         return (np.empty(0, dtype) if empty else np.memmap(path, dtype, "r")).reshape(shape)
 
-    def _digest(self) -> str:
+    def _digest(self, encoding: dict[str, Any] | None) -> str:
         """Names the samples and their order. Times and places are left out: a copy of the folder is the same data."""
-        identity = hashlib.sha256(json.dumps([[shard["path"], shard["bytes"]] for shard in self._shards]).encode())
+        described = [encoding, [[shard["path"], shard["bytes"]] for shard in self._shards]]
+        identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for name in _NAMES:
             identity.update(self._hashes[name].digest())
         return identity.hexdigest()

@@ -1,7 +1,8 @@
 """Scanning shards in several processes, so that what was scanned once is not scanned again.
 
 The result of a shard is itself a small index file: its samples, and what is wrong with it. It is named by the shard's
-path, size and time (or ETag), so one that is there is right; a job that was killed goes on from those it finished.
+path, size, time (or ETag) and encoding, so one that is there is right; a job that was killed goes on from those it
+finished.
 """
 
 import hashlib
@@ -35,10 +36,11 @@ class Scan:
     file: ShardFile
     name: str  # the shard's path in the index
     folder: Path
+    encoding: str | None  # digest of how its samples must be encoded
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{hashlib.sha256(repr(self.file).encode()).hexdigest()[:32]}.arrow"
+        return self.folder / f"{hashlib.sha256(repr((self.file, self.encoding)).encode()).hexdigest()[:32]}.arrow"
 
     def done(self) -> bool:
         try:
@@ -133,7 +135,7 @@ def _end_with_parent() -> None:
 def _scan(scan: Scan, storage: StorageConfig) -> None:
     columns, problems = ScannedColumns(), list[Problem]()
     with _open(scan.file, storage) as stream:
-        for found in scan_shard(stream, scan.name, scan.file.bytes):
+        for found in scan_shard(stream, scan.name, scan.file.bytes, scan.encoding):
             if isinstance(found, Problem):
                 problems.append(found)
             else:

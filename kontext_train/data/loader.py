@@ -20,11 +20,10 @@ from kontext_train.data.sources import Mixture
 class PackReader(Dataset[PixelBatch]):
     """Maps a pack to its pixel batch; what a worker process runs."""
 
-    def __init__(
-        self, readers: Sequence[SampleReader], mixture: Mixture, *, holes: bool, pad_to: int | None = None
-    ) -> None:
-        """readers: one for each source of the mixture. holes: a sample that cannot be read leaves one, or raises."""
-        self.readers, self.mixture, self.holes, self.pad_to = readers, mixture, holes, pad_to
+    def __init__(self, mixture: Mixture, *, holes: bool, pad_to: int | None = None) -> None:
+        """holes: a sample that cannot be read leaves one, or raises. pad_to: as in `read_pack`."""
+        self.readers = [SampleReader(source.index, source.transform) for source in mixture.sources]
+        self.mixture, self.holes, self.pad_to = mixture, holes, pad_to
 
     def __getitem__(self, pack: Pack) -> PixelBatch:
         return read_pack(pack, self.readers, self.mixture, holes=self.holes, pad_to=self.pad_to)

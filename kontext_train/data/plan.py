@@ -106,10 +106,10 @@ class Step(Sequence[Pack]):
 def plan_digest(mixture: Mixture, config: DataConfig, seed: int) -> str:
     """Names a plan: runs of equal digest, and of one model, see the same samples in the same packs."""
     sources = [
-        (s.name, s.index.digest, str(s.share), s.max_pixels, s.prompt_dropout, s.context_dropout)
+        (s.name, s.index.digest, str(s.share), s.transform.decides_size(), s.prompt_dropout, s.context_dropout)
         for s in mixture.sources
     ]
-    tokens = (mixture.pixels_per_token, mixture.txt_tokens, config.tokens_per_pack, config.window_samples)
+    tokens = (mixture.txt_tokens, config.tokens_per_pack, config.window_samples)
     return f"{key_of('plan', PLAN_VERSION, repr(sources), repr(tokens), seed):032x}"
 
 

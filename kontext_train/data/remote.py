@@ -23,14 +23,15 @@ from kontext_train.data.cache import RangeCache
 from kontext_train.data.config import URL_SCHEMES, StorageConfig
 from kontext_train.data.shard import Span
 from kontext_train.data.storage import ShardBytes, ShardFile
-from kontext_train.errors import StorageError
+from kontext_train.errors import MissingFile, StorageError
 
 T = TypeVar("T")
 
 _PART_BYTES = 16 << 20  # large files come in parts, so that a time-out means the same for all
 _PARTS_AT_ONCE = 4
 _LONGEST_WAIT_S = 60.0
-_HOPELESS = (400, 401, 403, 404, 405, 410)  # HTTP statuses that asking again does not mend
+_HOPELESS = (400, 401, 405)  # HTTP statuses that asking again does not mend
+_MISSING = (403, 404, 410)  # nor these; 403 is S3's answer where one may not list what there is
 _AHEAD_BYTES = 16 << 10  # nearly every image says its size within this
 _BLOCKS = 64  # a sample is measured when all its headers were seen; more context images than this cost requests
 _UNKNOWN = -1  # bytes of a file that was not looked at yet
@@ -148,7 +149,9 @@ class RemoteShards:
                     return await request()
             except StorageError:
                 raise
-            except (_Refused, FileNotFoundError, PermissionError) as error:
+            except FileNotFoundError as error:
+                raise MissingFile(f"{what}: {error}") from error
+            except (_Refused, PermissionError) as error:
                 raise StorageError(f"{what}: {error}") from error
             except TimeoutError:
                 reason = f"no complete answer within data.storage.timeout_s={self.config.timeout_s:g}"
@@ -228,6 +231,8 @@ def _range(span: Span) -> str:
 
 
 def _check_status(status: int, reason: str | None) -> None:
+    if status in _MISSING:
+        raise FileNotFoundError(f"HTTP {status} {reason}")
     if status in _HOPELESS:
         raise _Refused(f"HTTP {status} {reason}")
     if status != 206:

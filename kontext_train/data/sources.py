@@ -8,7 +8,7 @@ Legend: rows number the samples of all sources, one source after the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kontext_train.data.config import SourceConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.order import permuted
-from kontext_train.data.sample import fit_size
+from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.sequence import SampleShape
 from kontext_train.randomness import key_of
@@ -34,17 +34,23 @@ class Source:
     name: str
     index: ShardIndex
     share: Fraction
-    max_pixels: int
+    transform: Transform
     prompt_dropout: float
     context_dropout: float
 
     @classmethod
-    def of(cls, name: str, config: SourceConfig, index: ShardIndex, share: Fraction) -> "Source":
-        """config: with nothing left open, as DataConfig.of_sources gives it."""
+    def of(cls, name: str, config: SourceConfig, index: ShardIndex, share: Fraction, transform: Transform) -> "Source":
+        """config: with nothing left open, as DataConfig.of_sources gives it. transform: of all, but for max_pixels."""
         assert config.max_pixels is not None
         assert config.prompt_dropout is not None
         assert config.context_dropout is not None
-        return cls(name, index, share, config.max_pixels, config.prompt_dropout, config.context_dropout)
+        transform = replace(transform, max_pixels=config.max_pixels)
+        return cls(name, index, share, transform, config.prompt_dropout, config.context_dropout)
+
+    def grid(self, hw: npt.NDArray[np.int32]) -> Ints:
+        """[..., 2] rows and columns of tokens of images, by the same rule that the reader crops with."""
+        size = self.transform.size(hw) if self.index.encoding is None else hw.astype(np.int64)  # what is encoded has it
+        return size // self.transform.multiple
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +66,8 @@ class Drawn:
 class Mixture:
     """The sources of a run as one list of samples. Looks at an index only where it is asked about a sample."""
 
-    def __init__(self, sources: Sequence[Source], pixels_per_token: int, txt_tokens: int) -> None:
-        self.sources, self.pixels_per_token, self.txt_tokens = sources, pixels_per_token, txt_tokens
+    def __init__(self, sources: Sequence[Source], txt_tokens: int) -> None:
+        self.sources, self.txt_tokens = sources, txt_tokens
         self.first_row = np.cumsum([0, *(len(source.index) for source in sources)])
 
     def __len__(self) -> int:
@@ -104,19 +110,15 @@ class Mixture:
         count = source.index.context_start[rows + 1] - start
         last = np.cumsum(count)
         images = np.repeat(start - (last - count), count) + np.arange(count.sum())
-        running = np.append(0, np.cumsum(self._grid(source, source.index.context_hw[images]).prod(axis=1)))
-        return self._grid(source, source.index.target_hw[rows]).prod(axis=1), running[last] - running[last - count]
-
-    def _grid(self, source: Source, hw: npt.NDArray[np.int32]) -> Ints:
-        """[..., 2] rows and columns of tokens of images, by the same rule that the reader crops with."""
-        return fit_size(hw, source.max_pixels, self.pixels_per_token) // self.pixels_per_token
+        running = np.append(0, np.cumsum(source.grid(source.index.context_hw[images]).prod(axis=1)))
+        return source.grid(source.index.target_hw[rows]).prod(axis=1), running[last] - running[last - count]
 
     def shape(self, row: int, drop_context: bool) -> SampleShape:
         number, own = self.locate(row)
         source = self.sources[number]
         first, last = source.index.context_start[own], source.index.context_start[own + 1]
-        contexts = () if drop_context else self._grid(source, source.index.context_hw[first:last]).tolist()
-        h, w = self._grid(source, source.index.target_hw[own]).tolist()
+        contexts = () if drop_context else source.grid(source.index.context_hw[first:last]).tolist()
+        h, w = source.grid(source.index.target_hw[own]).tolist()
         return SampleShape(txt=self.txt_tokens, target=(h, w), contexts=tuple((h, w) for h, w in contexts))
 
     def check_budget(self, tokens_per_pack: int) -> None:
@@ -125,8 +127,8 @@ class Mixture:
         Looks at every sample only where not even one with the most contexts, all of the largest size, must fit.
         """
         for source in self.sources:
-            image = source.max_pixels // self.pixels_per_token**2
-            if self.txt_tokens + image * (1 + most_contexts(source.index)) <= tokens_per_pack:
+            most_images = len(source.index.samples_by_contexts)  # the target and the most contexts
+            if self.txt_tokens + source.transform.most_tokens() * most_images <= tokens_per_pack:
                 continue
             for first in range(0, len(source.index), CHUNK):
                 rows = np.arange(first, min(first + CHUNK, len(source.index)))
@@ -139,11 +141,20 @@ class Mixture:
                     raise ConfigError("data.tokens_per_pack", tokens_per_pack, rule, "Raise it, or lower max_pixels")
 
 
-def most_contexts(index: ShardIndex) -> int:
-    """Context images of the sample that has the most."""
-    start = index.context_start
-    chunks = range(0, len(index), CHUNK)
-    return max((int(np.diff(start[first : first + CHUNK + 1]).max()) for first in chunks), default=0)
+def check_one_kind(indexes: dict[str, ShardIndex]) -> None:
+    """ConfigError if a run, by name of source, would mix images and latents, or prompts encoded and not."""
+    kinds = {name: _kind(index) for name, index in indexes.items()}
+    for name, kind in kinds.items():
+        first = next(iter(kinds))
+        if kind != kinds[first]:
+            rule = f"holds {kind}, but data.sources.{first} {kinds[first]}: a pack takes samples of all sources"
+            raise ConfigError(f"data.sources.{name}.path", indexes[name].folder, rule, "Encode all of them alike")
+
+
+def _kind(index: ShardIndex) -> str:
+    if index.encoding is None:
+        return "images"
+    return "latents and T5's tokens" if index.encoding["t5"] else "latents"
 
 
 def shares(sources: dict[str, SourceConfig], sizes: dict[str, int]) -> dict[str, Fraction]:

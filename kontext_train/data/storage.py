@@ -51,6 +51,17 @@ def shard_bytes(folder: str, config: StorageConfig | None) -> ShardBytes:
     return RemoteShards(config or StorageConfig())
 
 
+def read_whole(path: str, config: StorageConfig | None) -> bytes:
+    """A small file beside shards, local or not. Raises FileNotFoundError if it is not there, OSError otherwise."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    from kontext_train.data.remote import RemoteShards
+
+    remote = RemoteShards(config or StorageConfig())
+    (file,) = remote.look([path])
+    return remote.read([(file, Span(0, file.bytes))])[0]
+
+
 def scratch_folder(config: StorageConfig | None) -> Path:
     """Where this machine keeps copies of remote indexes; made if it is not there."""
     if config is not None and config.cache_dir is not None:

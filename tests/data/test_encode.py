@@ -14,8 +14,9 @@ from kontext_train.data.encode import Encoders, encode, load_encoders
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.loader import PackReader, load_packs, plan_ahead
 from kontext_train.data.plan import Pack, Planner, Position
-from kontext_train.data.sample import BadSample, SampleReader
+from kontext_train.data.sample import BadSample
 from kontext_train.data.sources import Mixture, Source
+from kontext_train.data.transforms import Transform
 from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig
 from kontext_train.models.flops import forward_flops
 from kontext_train.models.kontext import tokens_from_latent
@@ -36,8 +37,8 @@ def source(shards: Path) -> PackReader:
 
 def pack_reader(folder: Path, holes: bool = False) -> PackReader:
     index = ShardIndex.open(folder)
-    mixture = Mixture([Source("train", index, Fraction(1), 64 * 64, 0.0, 0.0)], 16, 12)
-    return PackReader([SampleReader(index, 64 * 64, 16)], mixture, holes=holes)
+    source = Source("train", index, Fraction(1), Transform(64 * 64, 16), 0.0, 0.0)
+    return PackReader(Mixture([source], 12), holes=holes)
 
 
 def pack_of(samples: list[int], drop_context: bool = False, drop_prompt: bool = False, counts: bool = True) -> Pack:

@@ -18,6 +18,7 @@ from kontext_train.data.config import DataConfig
 from kontext_train.data.loader import rank_packs
 from kontext_train.data.plan import Pack, Planner, Position, Step, Window, plan_digest
 from kontext_train.data.sources import Mixture, Source
+from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 
 MEGAPIXEL = 1024 * 1024
@@ -25,7 +26,7 @@ MEGAPIXEL = 1024 * 1024
 
 def source(n: int, share: Fraction = Fraction(1), seed: int = 0, dropouts: tuple[float, float] = (0.0, 0.0)) -> Source:
     index = MixedIndex(n, seed)
-    return Source(f"mixed {seed}", index, share, MEGAPIXEL, *dropouts)  # type: ignore[arg-type]
+    return Source(f"mixed {seed}", index, share, Transform(MEGAPIXEL, 16), *dropouts)  # type: ignore[arg-type]
 
 
 class RememberingPlanner(Planner):
@@ -42,7 +43,7 @@ def remembered(plan: Planner, number: int) -> Window:
 
 def planner(n: int = 500, *, dropouts: tuple[float, float] = (0.0, 0.0), seed: int = 7, **changes: int) -> Planner:
     config = DataConfig(**({"tokens_per_pack": 32_768, "window_samples": 128} | changes))  # type: ignore[arg-type]
-    return RememberingPlanner(Mixture([source(n, dropouts=dropouts)], 16, TXT_TOKENS), config, seed, FLOPS.of_tokens)
+    return RememberingPlanner(Mixture([source(n, dropouts=dropouts)], TXT_TOKENS), config, seed, FLOPS.of_tokens)
 
 
 def visits(packs: Step | list[Pack]) -> list[int]:
@@ -185,7 +186,7 @@ def test_resume_at_step_a_million_plans_what_step_zero_plans() -> None:
 
 def test_a_late_window_has_its_exact_share() -> None:
     """Fractions: floats would be off by more than a sample here."""
-    mixture = Mixture([source(300, Fraction(1, 3)), source(700, Fraction(2, 3), seed=1)], 16, TXT_TOKENS)
+    mixture = Mixture([source(300, Fraction(1, 3)), source(700, Fraction(2, 3), seed=1)], TXT_TOKENS)
     drawn = mixture.draw(0, 3 * 10**15, 1000)
     assert abs(int((drawn.rows < 300).sum()) - 333) <= 1
     assert len(np.unique(drawn.visits)) == len(drawn.visits)
@@ -295,15 +296,15 @@ def test_a_sample_beyond_the_budget_is_refused_by_key() -> None:
     with pytest.raises(
         ConfigError, match=r"data\.tokens_per_pack=1000: must hold the largest sample: sample \d+ of mixed 0"
     ):
-        Mixture([source(50)], 16, TXT_TOKENS).check_budget(1000)
-    longest = int(sum(Mixture([source(50)], 16, TXT_TOKENS).image_tokens(np.arange(50))).max()) + TXT_TOKENS  # type: ignore[union-attr]
-    Mixture([source(50)], 16, TXT_TOKENS).check_budget(longest)
+        Mixture([source(50)], TXT_TOKENS).check_budget(1000)
+    longest = int(sum(Mixture([source(50)], TXT_TOKENS).image_tokens(np.arange(50))).max()) + TXT_TOKENS  # type: ignore[union-attr]
+    Mixture([source(50)], TXT_TOKENS).check_budget(longest)
     with pytest.raises(ConfigError, match=rf"has {longest} tokens"):
-        Mixture([source(50)], 16, TXT_TOKENS).check_budget(longest - 1)
+        Mixture([source(50)], TXT_TOKENS).check_budget(longest - 1)
 
 
 def test_a_bound_that_holds_spares_the_look_at_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixture = Mixture([source(50)], 16, TXT_TOKENS)
+    mixture = Mixture([source(50)], TXT_TOKENS)
     monkeypatch.setattr(Mixture, "_image_tokens", lambda *_: pytest.fail("looked at samples"))
     mixture.check_budget(TXT_TOKENS + 4 * 4096)
 

@@ -15,7 +15,8 @@ from kontext_train.data.config import DataConfig, SourceConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.plan import Planner, Position
 from kontext_train.data.sample import SampleReader
-from kontext_train.data.sources import Mixture, Source, most_contexts, shares
+from kontext_train.data.sources import Mixture, Source, shares
+from kontext_train.data.transforms import Transform
 
 
 def mixture(sizes: dict[str, int], **options: SourceConfig) -> Mixture:
@@ -23,7 +24,8 @@ def mixture(sizes: dict[str, int], **options: SourceConfig) -> Mixture:
     given = config.of_sources()
     share = shares(given, sizes)
     indexes = {name: MixedIndex(n, seed) for seed, (name, n) in enumerate(sizes.items())}
-    return Mixture([Source.of(name, given[name], indexes[name], share[name]) for name in sizes], 16, 512)  # type: ignore[arg-type]
+    transform = Transform.of(config, multiple=16, seed=0)
+    return Mixture([Source.of(name, given[name], indexes[name], share[name], transform) for name in sizes], 512)  # type: ignore[arg-type]
 
 
 def test_shares() -> None:
@@ -108,21 +110,15 @@ def test_settings_are_the_sources_own() -> None:
 def test_sizes_are_those_that_the_reader_gives(shards: Path) -> None:
     """Per sample and many at once, for two sources on the same shards at different resolutions."""
     index = ShardIndex.open(shards)
-    parts = [Source(str(p), index, Fraction(1, 2), p, 0.0, 0.0) for p in (64 * 64, 32 * 32)]
-    mixed = Mixture(parts, 16, 12)
+    parts = [Source(str(p), index, Fraction(1, 2), Transform(p, 16), 0.0, 0.0) for p in (64 * 64, 32 * 32)]
+    mixed = Mixture(parts, 12)
     rows = np.random.default_rng(0).integers(0, 400, 60)
     target, context = mixed.image_tokens(rows)
     for row, of_target, of_context in zip(rows.tolist(), target, context, strict=True):
         number, own = mixed.locate(row)
-        raw = SampleReader(index, parts[number].max_pixels, 16).read(own)
+        raw = SampleReader(index, parts[number].transform).read(own)
         shape = mixed.shape(row, drop_context=False)
         assert (shape.target_tokens, shape.context_tokens) == (of_target, of_context)
         assert raw.target.shape[:2] == (shape.target[0] * 16, shape.target[1] * 16)
         assert [c.shape[:2] for c in raw.contexts] == [(h * 16, w * 16) for h, w in shape.contexts]
     assert Counter(number for number, _ in map(mixed.locate, rows.tolist())).keys() == {0, 1}
-
-
-def test_most_contexts_is_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kontext_train.data.sources.CHUNK", 7)
-    index = MixedIndex(100)
-    assert most_contexts(index) == int(np.diff(index.context_start).max()) == 3  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from kontext_train.data.cache import RangeCache
 from kontext_train.data.config import DataConfig, StorageConfig
 from kontext_train.data.index import ShardIndex, build_index
 from kontext_train.data.loader import PackReader, train_batches
-from kontext_train.data.plan import Planner, Position, sample_sizes
+from kontext_train.data.plan import Planner, Position
 from kontext_train.data.sample import SampleReader
 from kontext_train.data.shard import Span
+from kontext_train.data.sources import Mixture, Source
 from kontext_train.data.storage import ShardFile
+from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError, StorageError
 from tests.data.test_index import encoded, sample, write_tar
 from tests.servers import BUCKET, FAULTS, FaultyServer, often, s3_server, web_server
@@ -54,7 +57,7 @@ def indexed(server: FaultyServer, **settings: object) -> ShardIndex:
 
 
 def fetch(index: ShardIndex, rows: object = None) -> list[bytes]:
-    return SampleReader(index, 1 << 20, 16).fetch(range(len(index)) if rows is None else rows)  # type: ignore[arg-type]
+    return SampleReader(index, Transform(1 << 20, 16)).fetch(range(len(index)) if rows is None else rows)  # type: ignore[arg-type]
 
 
 def local_bytes(folder: Path) -> list[bytes]:
@@ -71,7 +74,7 @@ def test_a_whole_epoch_over_http_is_the_local_one_with_one_request_a_sample(
     assert index.digest == local.digest  # the same data by another way
     assert fetch(index) == local_bytes(shards)
     assert len(server.requests) == len(index)
-    ours, theirs = (SampleReader(i, 1 << 20, 16).read(7) for i in (index, local))
+    ours, theirs = (SampleReader(i, Transform(1 << 20, 16)).read(7) for i in (index, local))
     assert (ours.key, ours.shard, ours.prompt) == (theirs.key, theirs.shard, theirs.prompt)
     assert np.array_equal(ours.target, theirs.target)
 
@@ -241,13 +244,14 @@ def test_worker_processes_read_after_their_parent_did(server: FaultyServer, inde
 
 def _first_batches(index: ShardIndex) -> list[tuple[list[str], np.ndarray]]:
     config = DataConfig(tokens_per_pack=128, window_samples=64, workers=2)
-    sizes = sample_sizes(index, config.max_pixels, 16, 12)
-    planner = Planner(sizes, config, 0, lambda tokens: tokens.astype(float))
-    reader = PackReader(SampleReader(index, config.max_pixels, 16), sizes)
+    source = Source("train", index, Fraction(1), Transform(config.max_pixels, 16), 0.0, 0.0)
+    mixture = Mixture([source], 12)
+    planner = Planner(mixture, config, 0, lambda text, target, context: text + target + context)
+    reader = PackReader(mixture, holes=False)
     with contextlib.closing(
         train_batches(planner, reader, config, Position(), rank=0, ranks=1, microbatches=1)
     ) as all_:
-        return [(batch.keys, batch.pixels.numpy().copy()) for batch, _ in zip(all_, range(4), strict=False)]
+        return [(batch.keys, batch.images.numpy().copy()) for batch, _ in zip(all_, range(4), strict=False)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ S3

@@ -17,6 +17,7 @@ from PIL import Image
 from data_tools import index_shards, make_shards
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.sample import SampleReader
+from kontext_train.data.transforms import Transform
 
 
 def image(height: int, width: int, form: str, seed: int) -> bytes:
@@ -77,7 +78,7 @@ def test_csv_becomes_indexed_shards(images: Path, tmp_path: Path) -> None:
     assert index.target_hw.tolist() == [[16, 16], [32, 16], [16, 48]]
     assert index.context_start.tolist() == [0, 1, 1, 3]
     assert index.context_hw.tolist() == [[32, 16], [16, 16], [32, 16]]
-    samples = [SampleReader(index, 1 << 20, 16).read(i) for i in range(3)]
+    samples = [SampleReader(index, Transform(1 << 20, 16)).read(i) for i in range(3)]
     assert [sample.prompt for sample in samples] == [row[1] for row in ROWS]
     assert [sample.metadata for sample in samples] == [{"source": row[3]} for row in ROWS]
     assert [sample.key for sample in samples] == ["00000000", "00000001", "00000002"]
@@ -106,7 +107,7 @@ def test_jsonl_says_the_same_as_csv_and_keeps_types(images: Path, tmp_path: Path
 
     rows[0]["tags"] = {"n": [1, None]}
     make_shards.make_shards(images, jsonl_table(tmp_path, rows), tmp_path / "typed")
-    reader = SampleReader(ShardIndex.open(tmp_path / "typed"), 1 << 20, 16)
+    reader = SampleReader(ShardIndex.open(tmp_path / "typed"), Transform(1 << 20, 16))
     assert reader.read(0).metadata == {"source": "studio", "tags": {"n": [1, None]}}
     assert shard_bytes(tmp_path / "typed") != shard_bytes(tmp_path / "jsonl")
 

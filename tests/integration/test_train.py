@@ -14,6 +14,7 @@ import torch
 from kontext_train.config import TrainConfig
 from kontext_train.data.batch import PixelBatch
 from kontext_train.data.index import build_index
+from kontext_train.data.loader import train_batches
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
 from kontext_train.train import REQUEUE, train
@@ -255,6 +256,31 @@ def test_speeds_do_not_count_validation_and_saving(
     logged = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "samples" in r]
     assert [r["samples"] / r["speed/samples_per_s"] for r in logged] == pytest.approx([4, 4])
     assert [r["seconds"] for r in logged] == pytest.approx([104, 104])
+
+
+def test_data_wait_is_the_share_of_time_spent_waiting(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which a batch takes three seconds to come and an update one; the log begins with a step's wait."""
+    now = [0.0]
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        for batch in train_batches(*arguments, **options):
+            now[0] += 3
+            yield batch
+
+    def phase(self: Trainer, *arguments: Any) -> Any:
+        now[0] += 1
+        return train_phase(self, *arguments)
+
+    train_phase = Trainer.train_phase
+    monkeypatch.setattr("kontext_train.data.loader.train_batches", slow)
+    monkeypatch.setattr("kontext_train.trainer.peak_tflops", lambda device: 1.0)
+    monkeypatch.setattr("kontext_train.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "train_phase", phase)
+    train(small_config(shards, tmp_path, "run.steps=4", "run.log_every_steps=2"))
+    waits = [r["speed/data_wait"] for r in read_metrics(tmp_path / "metrics.jsonl") if "speed/data_wait" in r]
+    assert waits == pytest.approx([0.75, 0.75])
 
 
 def test_shards_on_a_bad_network_train_like_local_ones(shards: Path, tmp_path: Path) -> None:
