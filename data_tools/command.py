@@ -36,7 +36,11 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
 def add_processes(parser: argparse.ArgumentParser) -> None:
     count = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--processes", metavar="N", type=at_least(1), default=count, help=f"work in parallel (default: {count}, the cores)"
+        "--processes",
+        metavar="N",
+        type=at_least(1),
+        default=count,
+        help=f"work in parallel (default: {count}, the cores)",
     )
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -68,10 +68,17 @@ def growing_folder(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except BlockingIOError as error:
-            raise ValueError(f"another process is writing {out} (in {partial}). Wait for it or give another one") from error
+            raise ValueError(
+                f"another process is writing {out} (in {partial}). Wait for it or give another one"
+            ) from error
         for left_over in partial.rglob(".*.tmp"):
             left_over.unlink()
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if not any((partial / _RECORDS).glob("*.json")):
+                shutil.rmtree(partial)  # nothing is lost
+            raise
         os.replace(partial, out)
     shutil.rmtree(out / _RECORDS, ignore_errors=True)
     (out / _LOCK).unlink()
@@ -104,7 +111,7 @@ def run_tasks(
     total: int,
     label: str,
     is_final: Callable[[dict[str, Any]], bool] = lambda result: True,
-) -> Iterator[tuple[Task, dict[str, Any]]]:
+) -> Generator[tuple[Task, dict[str, Any]], None, None]:
     """Yields every task with its result: from its record if an earlier run did it, else from `work(task.given)`.
 
     Args:
