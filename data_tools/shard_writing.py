@@ -22,7 +22,10 @@ from typing import IO, Any
 from tqdm import tqdm
 from webdataset import TarWriter
 
-_RECORDS, _LOCK = ".done", ".lock"
+SCRATCH = (
+    ".done"  # in the growing folder: records of tasks, and what only the job itself needs. Not in the finished one
+)
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def growing_folder(out: Path) -> Iterator[Path]:
         raise ValueError(f"out is {out}, which exists and is not an empty folder. Remove it or give another one")
     out = Path(os.path.abspath(out))  # "." has no name to derive another from
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    (partial / SCRATCH).mkdir(parents=True, exist_ok=True)
     with open(partial / _LOCK, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
@@ -76,11 +79,11 @@ def growing_folder(out: Path) -> Iterator[Path]:
         try:
             yield partial
         except BaseException:
-            if not any((partial / _RECORDS).glob("*.json")):
+            if not any((partial / SCRATCH).glob("*.json")):
                 shutil.rmtree(partial)  # nothing is lost
             raise
         os.replace(partial, out)
-    shutil.rmtree(out / _RECORDS, ignore_errors=True)
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)
     (out / _LOCK).unlink()
 
 
@@ -94,12 +97,12 @@ def remove_others(partial: Path, names: Iterable[str]) -> None:
 
 @dataclass(slots=True)
 class Task:
-    """One piece of a job. `digest` covers all that its result depends on; `samples` is for the progress bar."""
+    """One piece of a job. `digest` covers all that its result depends on; `size` is for the progress bar."""
 
     name: str
     given: Any  # what the job's function is called with; it goes to another process
     digest: str
-    samples: int
+    size: int
 
 
 def run_tasks(
@@ -110,6 +113,7 @@ def run_tasks(
     processes: int,
     total: int,
     label: str,
+    unit: str = " samples",
     is_final: Callable[[dict[str, Any]], bool] = lambda result: True,
 ) -> Generator[tuple[Task, dict[str, Any]], None, None]:
     """Yields every task with its result: from its record if an earlier run did it, else from `work(task.given)`.
@@ -119,15 +123,14 @@ def run_tasks(
         tasks: may be a generator; only as many are taken ahead as keep the processes busy.
         partial: the folder of `growing_folder`.
         processes: 1 works in this process.
-        total: samples of all tasks together.
+        total: the size of all tasks together, in `unit`.
         is_final: whether a result is recorded. One that is not is worked out again by the next run.
 
     Raises:
         OSError: a process died. What `work` raises comes through.
     """
-    (partial / _RECORDS).mkdir(exist_ok=True)
     # smoothing=0: tasks are few and big, so the average says most. disable=None: no bar where nobody looks.
-    with tqdm(total=total, desc=label, unit=" samples", smoothing=0, disable=None) as bar:
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=True, smoothing=0, disable=None) as bar:
 
         def missing() -> Iterator[Task]:
             for task in tasks:
@@ -135,21 +138,21 @@ def run_tasks(
                     yield task
                 else:
                     finished.append((task, result))
-                    bar.initial += task.samples  # no work of this run: it must not make the rate look better
-                    bar.update(task.samples)
+                    bar.initial += task.size  # no work of this run: it must not make the rate look better
+                    bar.update(task.size)
 
         finished = list[tuple[Task, dict[str, Any]]]()
         for task, result in _worked(work, missing(), processes):
             if is_final(result):
                 with replacing(_record_path(partial, task)) as file:
                     file.write(json.dumps({"digest": task.digest, "result": result}).encode())
-            bar.update(task.samples)
+            bar.update(task.size)
             yield task, result
         yield from finished
 
 
 def _record_path(partial: Path, task: Task) -> Path:
-    return partial / _RECORDS / f"{task.name}.json"
+    return partial / SCRATCH / f"{task.name}.json"
 
 
 def _recorded(partial: Path, task: Task) -> dict[str, Any] | None:
