@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kontext_train.data.shard import IMAGE_FORMATS
 
 _THUMBNAIL_SIDE = 168
 _SHOWN_SAMPLES, _SHOWN_GROUPS, _SHOWN_OF_GROUP, _SHOWN_IDENTICAL, _SHOWN_BROKEN = 24, 12, 4, 12, 200
+_SHOWN_CHARACTERS = 200
 _BLUE, _GREY = "#2563a8", "#666666"
 
 _STYLE = """
@@ -38,11 +40,13 @@ h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 .card img { display: block; border-radius: 3px; } figcaption { color: #666; font-size: 12px; }
 .card p { margin: 8px 0 0; max-width: 100%; overflow-wrap: anywhere; } .card { max-width: 720px; }
 .place { color: #666; font-size: 12px; overflow-wrap: anywhere; } .none { color: #999; font-style: italic; }
-.group { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px; margin-bottom: 12px; }
-.group .row { display: flex; flex-wrap: wrap; gap: 16px; } .group figure { width: 250px; overflow-wrap: anywhere; }
+.group { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px; }
+.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(550px, 1fr)); gap: 12px; }
+.group .row { display: flex; flex-wrap: wrap; gap: 16px; } .group figure { width: 168px; overflow-wrap: anywhere; }
 table { border-collapse: collapse; background: #fff; width: 100%; }
 td, th { border: 1px solid #ddd; padding: 5px 9px; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-th { background: #eee; font-weight: 600; } td.number { text-align: right; white-space: nowrap; }
+th { background: #eee; font-weight: 600; } td:first-child { width: 1%; white-space: nowrap; }
+td.number { text-align: right; }
 """
 
 
@@ -136,7 +140,7 @@ def _labels(name: str, histogram: Histogram) -> list[str]:
             texts = [f"{edge:.2f}".rstrip("0").rstrip(".") for edge in edges]
         case _:
             texts = [str(int(edge)) for edge in edges]
-    return [f"<{texts[0]}", *(f"{low}–" for low in texts)]
+    return [f"<{texts[0]}", *(f"{low}–{high}" for low, high in pairwise(texts)), f"≥{texts[-1]}"]
 
 
 def _size_plot(checked: Checked) -> str:
@@ -197,7 +201,7 @@ def _prompts(prompts: dict[str, Any]) -> str:
 
 
 def _prompt(text: str) -> str:
-    shown = text if len(text) <= 300 else text[:300] + "…"
+    shown = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
     return escape(shown) if shown else '<span class="none">empty</span>'
 
 
@@ -231,7 +235,7 @@ def _duplicates(checked: Checked, report: dict[str, Any], groups: list[list[int]
     bits = report["duplicate_distance"]
     text = f"Targets whose perceptual hashes differ in at most {bits} of 64 bits, largest groups first."
     note = _more(_SHOWN_GROUPS, len(groups), "duplicates.jsonl")
-    return f'<h2>Look alike</h2>\n<p class="note">{text}</p>{note}{"".join(parts)}\n'
+    return f'<h2>Look alike</h2>\n<p class="note">{text}</p>{note}<div class="groups">{"".join(parts)}</div>\n'
 
 
 def _identical(checked: Checked, thumbnails: "_Thumbnails") -> str:

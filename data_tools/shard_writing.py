@@ -31,7 +31,7 @@ _LOCK = ".lock"
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the name `path` when the block ends well, in one step. Otherwise `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -138,8 +138,7 @@ def run_tasks(
                     yield task
                 else:
                     finished.append((task, result))
-                    bar.initial += task.size  # no work of this run: it must not make the rate look better
-                    bar.update(task.size)
+                    bar.total -= task.size  # the bar is about what is left to do
 
         finished = list[tuple[Task, dict[str, Any]]]()
         for task, result in _worked(work, missing(), processes):

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,7 +98,7 @@ def columns(table: Table) -> list[str] | None:
     """Column names, where a table says them once and for all rows."""
     match table.path.suffix.lower():
         case ".csv":
-            with open(table.path, newline="", encoding="utf-8-sig") as file:
+            with _readable(table.path), open(table.path, newline="", encoding="utf-8-sig") as file:
                 return list(next(csv.reader(file), []))
         case ".parquet":
             return _open_parquet(table.path).schema_arrow.names
@@ -119,17 +120,26 @@ def chunks(table: Table, size: int) -> Iterator[Chunk]:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    try:
+    with _readable(path):
         if path.is_dir():
             yield from _instruct_pix2pix_rows(path)
         elif path.suffix.lower() == ".csv":
             yield from _csv_rows(path)
         else:
             yield from _jsonl_rows(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Names the file that its library cannot read."""
+    try:
+        yield
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{path} cannot be read as UTF-8 text in that format ({error}). Save it again as such"
         ) from error
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}). Write it again") from error
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -180,10 +190,8 @@ def _scores(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
+    with _readable(path):
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({error}). Write it again") from error
 
 
 def _parquet_rows(path: Path, start: int, count: int) -> Iterator[Row]:
@@ -194,8 +202,9 @@ def _parquet_rows(path: Path, start: int, count: int) -> Iterator[Row]:
         if group_end <= start or position >= start + count:
             position = group_end
             continue
-        for batch in file.iter_batches(batch_size=64, row_groups=[group]):
-            first, last = max(start - position, 0), min(start + count - position, len(batch))
-            if first < last:
-                yield from batch.slice(first, last - first).to_pylist()
-            position += len(batch)
+        with _readable(path):
+            for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+                first, last = max(start - position, 0), min(start + count - position, len(batch))
+                if first < last:
+                    yield from batch.slice(first, last - first).to_pylist()
+                position += len(batch)
