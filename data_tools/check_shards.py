@@ -96,26 +96,32 @@ def check_shards(
         return write_report(checked, partial, duplicate_distance, t5_tokens if tokenizer is not None else None)
 
 
-def _check(given: _Shard) -> dict[str, Any]:
-    """Measures each sample of a shard, and returns its problems."""
+def measure_shard(shard: Path) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """A row of `MEASURES` for each sample that can be read in full, and the problems of the others."""
     rows: list[dict[str, Any]] = []
-    problems: list[dict[str, str]] = []
-    with open(given.source, "rb") as file:
-        for found in scan(given.source):
+    problems: list[Problem] = []
+    with open(shard, "rb") as file:
+        for found in scan(shard):
             if isinstance(found, Problem):
-                problems.append({"key": found.key, "reason": found.reason})
+                problems.append(found)
                 continue
             try:
                 rows.append(_measured(found, file))
             except ValueError as error:
-                problems.append({"key": found.key, "reason": str(error)})
+                problems.append(Problem(shard.name, found.key, str(error)))
+    return rows, problems
+
+
+def _check(given: _Shard) -> dict[str, Any]:
+    """Measures one shard, and returns its problems."""
+    rows, problems = measure_shard(given.source)
     if given.tokenizer is not None and rows:
         tokens = _tokenizer(given.tokenizer)([row["prompt"] for row in rows]).input_ids
         for row, ids in zip(rows, tokens, strict=True):
             row["t5_tokens"] = len(ids)
     with replacing(given.measures) as out:
         pq.write_table(pa.Table.from_pylist(rows, MEASURES), out)
-    return {"problems": problems}
+    return {"problems": [{"key": problem.key, "reason": problem.reason} for problem in problems]}
 
 
 def _measured(sample: ScannedSample, file: IO[bytes]) -> dict[str, Any]:

@@ -139,14 +139,13 @@ def _filter(given: _Shard) -> dict[str, Any]:
     result: dict[str, Any] = {"kept": 0, "listed": 0, "dropped": [0] * len(clauses), "missing": [0] * len(clauses)}
     runs = []
     with open(given.source, "rb") as file:
-        headers = _header_offsets(given.source)
         for found in scan(given.source):
             if isinstance(found, Problem):
                 continue  # it is not in the index either
             if found.key in given.drop:
                 result["listed"] += 1
             elif _passes(_values(found, given.source.name, file), clauses, result):
-                runs.append(_sample_run(found, headers))
+                runs.append(_sample_run(found))
         result["kept"] = len(runs)
         if runs:
             with replacing(given.out) as out:
@@ -179,24 +178,11 @@ def _passes(values: dict[str, Any], clauses: list[Clause], result: dict[str, Any
     return True
 
 
-def _header_offsets(shard: Path) -> dict[int, int]:
-    """Where the first header of each member is, by where its content is. Long names come in headers before its own."""
-    offsets = {}
-    with tarfile.open(shard, "r:", encoding="utf-8") as tar:
-        try:
-            for member in tar:
-                offsets[member.offset_data] = member.offset
-        except tarfile.ReadError:
-            pass  # a damaged end: samples before it are good
-    return offsets
-
-
-def _sample_run(sample: ScannedSample, headers: dict[int, int]) -> Span:
-    """The bytes of all its members with their headers; members of a sample are consecutive."""
-    spans = [sample.json, sample.target, *sample.contexts]
-    start = min(headers[span.offset] for span in spans)
-    end = max(span.offset + -(-span.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for span in spans)
-    return Span(start, end - start)
+def _sample_run(sample: ScannedSample) -> Span:
+    """The bytes of all its members with their headers."""
+    end = max(span.offset + span.size for span in (sample.json, sample.target, *sample.contexts))
+    padding = -end % tarfile.BLOCKSIZE
+    return Span(sample.header_offset, end + padding - sample.header_offset)
 
 
 def _copy_runs(file: IO[bytes], runs: list[Span], out: IO[bytes]) -> None:

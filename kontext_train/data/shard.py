@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -86,6 +87,7 @@ class ScannedSample:
     target_hw: tuple[int, int]
     contexts: list[Span] = field(default_factory=list)
     context_hw: list[tuple[int, int]] = field(default_factory=list)
+    header_offset: int = 0  # where the headers of its first member begin: its members are consecutive
 
 
 def _role(suffix: str) -> str:
@@ -152,9 +154,10 @@ def _span(member: tarfile.TarInfo) -> Span:
 
 def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members and raises tarfile.ReadError at a break, also at those that tarfile takes for the end."""
-    while (member := tar.next()) is not None:
+    while (member := _next_member(tar)) is not None:
         yield member  # also where its content is cut: its name tells that the sample before is whole
-        if member.isreg() and member.offset_data + member.size > shard_bytes:
+        is_cut = member.isreg() and member.offset_data + member.size > shard_bytes
+        if is_cut or tar.offset > shard_bytes + tarfile.BLOCKSIZE:  # not even of a special file: none can seek there
             raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes}, inside {member.name!r}")
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
@@ -163,6 +166,26 @@ def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo
         raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes} without tar's end marker")
     if any(marker):
         raise tarfile.ReadError(f"the tar header at byte {tar.offset} is damaged; what follows cannot be read")
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _parsing():
+        member = tar.next()
+    # A pax header may give any size; with one below zero tarfile would go back and read the same member for ever.
+    if member is not None and (member.size < 0 or tar.offset <= member.offset):
+        raise tarfile.ReadError(f"the tar header at byte {member.offset} is damaged: it gives {member.size} bytes")
+    return member
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Bad headers make tarfile raise ValueError (of numbers), RecursionError (of headers of headers) and others."""
+    try:
+        yield
+    except (tarfile.ReadError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"a tar header cannot be parsed ({type(error).__name__}: {error})") from error
 
 
 def _data_after_end(tar: tarfile.TarFile) -> bool:
@@ -174,7 +197,9 @@ def _data_after_end(tar: tarfile.TarFile) -> bool:
 def scan_shard(path: Path, name: str, shard_bytes: int) -> Iterator[ScannedSample | Problem]:
     """Yields each sample of a shard, or the problem that keeps it out. OSError of the storage is not a problem."""
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+        with _parsing():
+            tar = tarfile.open(path, "r:", encoding="utf-8")  # noqa: SIM115 (it is closed below)
+        with tar:
             yield from _scan_members(tar, name, shard_bytes)
     except tarfile.ReadError as error:  # the very first header
         yield Problem(name, "", f"not an uncompressed tar file ({error})")
@@ -192,7 +217,9 @@ def _scan_members(tar: tarfile.TarFile, name: str, shard_bytes: int) -> Iterator
             return
         finished.add(key)
         try:
-            yield _read_sample(tar, key, group)
+            sample = _read_sample(tar, key, group)
+            sample.header_offset = group[0][1].offset
+            yield sample
         except ValueError as error:
             yield Problem(name, key, str(error))
 
