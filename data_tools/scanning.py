@@ -15,6 +15,10 @@ def folder_shards(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("[!.]*.tar"))
     if not paths:
         raise ValueError(f"{folder} has no shards: no *.tar (uncompressed) is directly in it")
+    if strange := [path for path in paths if not path.is_file()]:  # opening a pipe would wait for ever
+        raise ValueError(
+            f"{strange[0]} is not a file, or a link to none. Remove it or give it another suffix than .tar"
+        )
     return paths
 
 

@@ -6,11 +6,14 @@ again only what changed. The folder takes its name OUT when everything is in it.
 """
 
 import fcntl
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import tarfile
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +23,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
-from webdataset import TarWriter
 
 SCRATCH = (
     ".done"  # in the growing folder: records of tasks, and what only the job itself needs. Not in the finished one
@@ -48,9 +50,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     The same samples make the same shard, bit for bit. A suffix is what follows the key: "json", "target.png".
     """
     count = 0
-    with replacing(path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for key, members in samples:
-            writer.write({"__key__": key, **members})
+            for suffix, content in sorted(members.items()):
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # of time 0 and no owner
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
             count += 1
     return count
 
@@ -196,10 +201,8 @@ def _first_done(running: dict[Future[dict[str, Any]], Task]) -> list[tuple[Task,
 def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that die at once when the block is left by an error or Ctrl-C: their tasks are whole or not there."""
     others = set(multiprocessing.active_children())
-    # spawn: a fork would copy threads' locks (pyarrow has threads) in whatever state they are. SIG_DFL: at Ctrl-C they
-    # end without a traceback each; this process says what there is to say.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL))
+    # spawn: a fork would copy threads' locks (pyarrow has threads) in whatever state they are.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
         yield pool
     except BaseException:
@@ -208,3 +211,16 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a process of the pool: Ctrl-C ends it without a traceback, and so does its parent's end, even by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -160,7 +160,12 @@ def _write_replacing(path: Path, batch: pa.RecordBatch) -> None:
 
 
 def _folder_shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.tar"))
+    paths = sorted(folder.glob("[!.]*.tar"))
+    if strange := [path for path in paths if not path.is_file()]:  # opening a pipe would wait for ever
+        raise ValueError(
+            f"{strange[0]} is not a file, or a link to none. Remove it or give it another suffix than .tar"
+        )
+    return paths
 
 
 def _unreadable_shards(folder: Path) -> list[Problem]:

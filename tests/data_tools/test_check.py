@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import T5TokenizerFast
 
 from data_tools import check_shards
 from data_tools.check_statistics import Histogram
@@ -22,6 +23,7 @@ from data_tools.filter_shards import filter_shards
 from data_tools.near_duplicates import bit_distance, duplicate_groups, near_pairs
 from data_tools.shard_writing import write_shard
 from kontext_train.data.index import build_index
+from tests.runs import ENCODERS
 
 
 def picture(seed: int, height: int = 64, width: int = 96) -> Image.Image:
@@ -194,6 +196,18 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
         check_shards.check_shards(folder, tmp_path / "report", duplicate_distance=9)
     with pytest.raises(ValueError, match=r"tokenizer is .*none, which is not a folder"):
         check_shards.check_shards(folder, tmp_path / "report", tokenizer=tmp_path / "none")
+
+
+def test_prompts_are_counted_in_t5_tokens(folder: Path, tmp_path: Path) -> None:
+    tokenizer = ENCODERS / "tokenizer_2"
+    report = check_shards.check_shards(folder, tmp_path / "report", tokenizer=tokenizer, t5_tokens=4)
+    prompts = [f"prompt {i}" for i in range(5)] + ["prompt 0", "<i>other</i> 一", "", "", ""]
+    lengths = sorted(len(ids) for ids in T5TokenizerFast.from_pretrained(tokenizer)(prompts).input_ids)
+    found = report["prompts"]["t5_tokens"]
+    assert (found["least"], found["median"], found["most"]) == (1, lengths[5], lengths[-1])  # 1: the end token
+    assert (found["limit"], found["cut"]) == (4, sum(length > 4 for length in lengths))
+    assert 0 < found["cut"] < 10
+    assert sum(report["histograms"]["prompt T5 tokens"]["counts"]) == 10
 
 
 def test_exif_turned_images_are_measured_upright(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import io
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ import pytest
 from PIL import Image
 
 from kontext_train.data.index import ShardIndex
+from tests.runs import ENCODERS
 
-ENCODERS = Path(__file__).parents[2] / "quickstart" / "encoders"
 TOOLS = ["make_shards", "index_shards", "check_shards", "filter_shards"]
 
 
@@ -91,3 +93,9 @@ def test_examples_run(
             out = Path(line.split("--out /data/")[1].split()[0])
             assert len(ShardIndex.open(tmp_path / "data" / out)) >= 1
             shutil.rmtree(tmp_path / "data" / out)
+
+
+def test_tools_do_not_load_torch() -> None:
+    """Every process of a job imports its tool: torch would cost each two seconds and hundreds of megabytes."""
+    code = f"import sys, {', '.join(f'data_tools.{tool}' for tool in TOOLS)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

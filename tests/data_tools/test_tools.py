@@ -234,22 +234,22 @@ def test_failure_keeps_whole_shards_and_the_next_run_goes_on(
     pack(images, table, tmp_path / "at once", samples_per_shard=1)
     written = list[str]()
 
-    class Failing(shard_writing.TarWriter):
-        def write(self, obj: dict[str, object]) -> int:
-            size = super().write(obj)
-            written.append(str(obj["__key__"]))
-            if len(written) == 2:
-                raise error
-            return size
+    real = make_shards.sample_members
 
-    monkeypatch.setattr(shard_writing, "TarWriter", Failing)
+    def failing(row: Any, *arguments: Any) -> dict[str, bytes]:
+        written.append(row["prompt"])
+        if len(written) == 2:
+            raise error
+        return real(row, *arguments)
+
+    monkeypatch.setattr(make_shards, "sample_members", failing)
     with pytest.raises(type(error), match=str(error) or None):
         pack(images, table, tmp_path / "out", samples_per_shard=1)
     assert not (tmp_path / "out").exists()
     assert shard_bytes(tmp_path / ".out.partial").keys() == {"shard-000000.tar"}
 
     assert pack(images, table, tmp_path / "out", samples_per_shard=1).samples == 3
-    assert written == ["00000000", "00000001", "00000001", "00000002"]  # nothing again that was whole
+    assert written == [ROWS[i][1] for i in (0, 1, 1, 2)]  # nothing again that was whole
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "at once")
     assert not (tmp_path / ".out.partial").exists()
     assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
