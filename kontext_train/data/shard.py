@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # an allow-list: Pillow would otherwise hand a file named .png to any decoder
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -52,6 +52,8 @@ def read_image_hw(file: IO[bytes]) -> tuple[int, int]:
             # Not image.getexif(): for a PNG that would decode the pixels to look for EXIF after them.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
             width, height = image.size
+    except UnidentifiedImageError as error:  # its message is the address of `file` in memory
+        raise ValueError("not a readable PNG, JPEG or WebP image") from error
     except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
         raise ValueError(f"not a readable PNG, JPEG or WebP image ({type(error).__name__}: {error})") from error
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)

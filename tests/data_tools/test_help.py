@@ -57,7 +57,8 @@ def examples(tool: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         importlib.import_module(f"data_tools.{tool}").main(["--help"])
     text = capsys.readouterr().out
     assert "docs/data_format.md" in text or "filter_shards --drop-list" in text
-    return [line.strip() for line in text.split("examples:")[1].splitlines() if line.startswith("  python -m ")]
+    lines = [line.strip() for line in text.split("examples:")[1].splitlines() if line.startswith("  python -m ")]
+    return [line for line in lines if "://" not in line]  # tests of storage have servers
 
 
 def run(line: str, folder: Path) -> int:
