@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.near_duplicates import bit_distance, duplicate_groups
@@ -78,7 +79,7 @@ class Checked:
         self.folder, self.files, self.broken = folder, files, broken
         table = pa.concat_tables([pq.read_table(file, columns=[*_NUMBERS, "contexts"]) for file in files])
         self.number = {name: table[name] for name in _NUMBERS}
-        self.contexts = pa.compute.list_value_length(table["contexts"]).to_numpy()
+        self.contexts = pc.list_value_length(table["contexts"]).to_numpy()
         self.start = np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])  # first sample of each shard
 
     def __len__(self) -> int:

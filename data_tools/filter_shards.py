@@ -98,8 +98,8 @@ def filter_shards(
         }
         with replacing(partial / REPORT_NAME) as file:
             file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
-        if problems := build_index(partial).problems:
-            raise ValueError(f"{folder} was changed while it was filtered: {problems[0]}. Index it and filter again")
+        if build_index(partial).samples != counts["kept"]:
+            raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
 
 

@@ -84,7 +84,6 @@ def make_shards(
     if total == 0:
         raise ValueError(f"table is {', '.join(str(table.path) for table in sources)}, which has no rows")
     bad_rows_path = _bad_rows_path(out)
-    bad_rows_path.unlink(missing_ok=True)
     with growing_folder(out) as partial:
         samples, bad_rows, names = 0, list[dict[str, Any]](), set[str]()
         tasks = _tasks(sources, partial, columns, samples_per_shard)
@@ -103,8 +102,8 @@ def make_shards(
             raise ValueError(f"all {total:,} rows are bad; see {bad_rows_path}")
         remove_others(partial, names)
         report = build_index(partial)
-        if report.problems:
-            raise ValueError(f"{partial} was changed while shards were made: {report.problems[0]}. Remove it")
+        if report.problems or report.samples != samples:
+            raise ValueError(f"{partial} was changed by something else while shards were made. Remove it, run again")
     return report
 
 
@@ -124,6 +123,7 @@ def _has_no_bad_rows(result: dict[str, Any]) -> bool:
 
 def _report_bad_rows(path: Path, bad_rows: list[dict[str, Any]], max_bad_rows: int) -> None:
     if not bad_rows:
+        path.unlink(missing_ok=True)  # of an earlier run
         return
     with replacing(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in bad_rows)

@@ -299,6 +299,23 @@ def test_tolerated_bad_rows_are_left_out_and_reported(images: Path, tmp_path: Pa
     assert lines[0]["reason"].startswith("column target is 'x.png'; there is no such file in ")
 
 
+def test_finished_shard_that_someone_removed_is_missed(images: Path, tmp_path: Path) -> None:
+    rows = [*ROWS, ["x.png", "p", "", ""]]
+    with pytest.raises(ValueError, match="row 4: "):
+        pack(images, csv_table(tmp_path, rows), tmp_path / "out", samples_per_shard=1)
+    (tmp_path / ".out.partial" / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match="was changed by something else while shards were made"):
+        pack(images, csv_table(tmp_path, ROWS), tmp_path / "out", samples_per_shard=1)
+
+
+def test_refused_run_leaves_the_report_of_the_good_one(images: Path, tmp_path: Path) -> None:
+    table = csv_table(tmp_path, [ROWS[0], ["x.png", "p", "", ""]])
+    pack(images, table, tmp_path / "out", max_bad_rows=1)
+    with pytest.raises(ValueError, match="which exists and is not an empty folder"):
+        pack(images, table, tmp_path / "out", max_bad_rows=1)
+    assert (tmp_path / "out.bad_rows.jsonl").is_file()
+
+
 def test_out_that_another_process_writes_is_refused(images: Path, tmp_path: Path) -> None:
     with (
         shard_writing.growing_folder(tmp_path / "out"),
