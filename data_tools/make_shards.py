@@ -97,6 +97,7 @@ def make_shards(
                 bad_rows += result["bad_rows"]
                 if len(bad_rows) > max_bad_rows:
                     break
+        bad_rows.sort(key=lambda row: (row["table"], row["row"]))  # processes finish in any order
         _report_bad_rows(bad_rows_path, bad_rows, max_bad_rows)
         if samples == 0:
             raise ValueError(f"all {total:,} rows are bad; see {bad_rows_path}")

@@ -140,6 +140,7 @@ def run_tasks(
         def missing() -> Iterator[Task]:
             for task in tasks:
                 if (result := _recorded(partial, task)) is None:
+                    _record_path(partial, task).unlink(missing_ok=True)  # what it speaks of is about to be replaced
                     yield task
                 else:
                     finished.append((task, result))

@@ -108,13 +108,21 @@ def test_record_counts_only_for_the_same_task(tmp_path: Path) -> None:
 
     def work(given: str) -> dict[str, Any]:
         calls.append(given)
+        if given == "bad":
+            raise RuntimeError("after it replaced what it writes")
         return {"given": given}
 
+    def run(digest: str, partial: Path) -> list[dict[str, Any]]:
+        results = run_tasks(work, [Task("a", digest, digest, 1)], partial, processes=1, total=1, label="")
+        return [result for _, result in results]
+
     with growing_folder(tmp_path / "out") as partial:
-        for digest in ("1", "1", "2"):
-            results = run_tasks(work, [Task("a", digest, digest, 1)], partial, processes=1, total=1, label="")
-            assert [result for _, result in results] == [{"given": digest}]
-    assert calls == ["1", "2"]
+        for digest in ("1", "1", "2", "2"):
+            assert run(digest, partial) == [{"given": digest}]
+        with pytest.raises(RuntimeError, match="after it replaced"):
+            run("bad", partial)
+        assert run("2", partial) == [{"given": "2"}]
+    assert calls == ["1", "2", "bad", "2"]
     assert list((tmp_path / "out").iterdir()) == []
 
 
