@@ -205,7 +205,12 @@ def _described(name: str, file: ShardFile) -> dict[str, Any]:
 
 
 def _folder_shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.tar"))
+    paths = sorted(folder.glob("[!.]*.tar"))
+    if strange := [path for path in paths if not path.is_file()]:  # opening a pipe would wait for ever
+        raise ValueError(
+            f"{strange[0]} is not a file, or a link to none. Remove it or give it another suffix than .tar"
+        )
+    return paths
 
 
 def _compressed(names: Sequence[str]) -> list[Problem]:

@@ -8,10 +8,11 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kontext_train.data.encoding import read_encoded_header
 from kontext_train.errors import StorageError
@@ -54,6 +55,8 @@ def read_image_hw(file: IO[bytes]) -> tuple[int, int]:
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             return upright_hw(image)
+    except UnidentifiedImageError as error:  # its message is the address of `file` in memory
+        raise ValueError("not a readable PNG, JPEG or WebP image") from error
     except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
         if isinstance(error, StorageError) or getattr(error, "errno", None) is not None:
             raise  # Pillow's own OSErrors have no number
@@ -99,6 +102,7 @@ class ScannedSample:
     contexts: list[Span] = field(default_factory=list)
     context_hw: list[tuple[int, int]] = field(default_factory=list)
     encoding: str | None = None  # of an encoded sample, whose spans are all that of KEY.encoded.safetensors
+    header_offset: int = 0  # where the headers of its first member begin: its members are consecutive
 
 
 def _role(suffix: str) -> str:
@@ -180,9 +184,10 @@ def _span(member: tarfile.TarInfo) -> Span:
 
 def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members and raises tarfile.ReadError at a break, also at those that tarfile takes for the end."""
-    while (member := tar.next()) is not None:
+    while (member := _next_member(tar)) is not None:
         yield member  # also where its content is cut: its name tells that the sample before is whole
-        if member.isreg() and member.offset_data + member.size > shard_bytes:
+        is_cut = member.isreg() and member.offset_data + member.size > shard_bytes
+        if is_cut or tar.offset > shard_bytes + tarfile.BLOCKSIZE:  # not even of a special file: none can seek there
             raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes}, inside {member.name!r}")
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
@@ -191,6 +196,26 @@ def _members(tar: tarfile.TarFile, shard_bytes: int) -> Iterator[tarfile.TarInfo
         raise tarfile.ReadError(f"the shard is truncated: it ends at byte {shard_bytes} without tar's end marker")
     if any(marker):
         raise tarfile.ReadError(f"the tar header at byte {tar.offset} is damaged; what follows cannot be read")
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _parsing():
+        member = tar.next()
+    # A pax header may give any size; with one below zero tarfile would go back and read the same member for ever.
+    if member is not None and (member.size < 0 or tar.offset <= member.offset):
+        raise tarfile.ReadError(f"the tar header at byte {member.offset} is damaged: it gives {member.size} bytes")
+    return member
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Bad headers make tarfile raise ValueError (of numbers), RecursionError (of headers of headers) and others."""
+    try:
+        yield
+    except (tarfile.ReadError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"a tar header cannot be parsed ({type(error).__name__}: {error})") from error
 
 
 def _data_after_end(tar: tarfile.TarFile) -> bool:
@@ -207,7 +232,9 @@ def scan_shard(
     encoding: digest of what all samples must have been encoded with; None for shards of images.
     """
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+        with _parsing():
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115 (it is closed below)
+        with tar:
             yield from _scan_members(tar, name, shard_bytes, encoding)
     except tarfile.ReadError as error:  # the very first header
         yield Problem(name, "", f"not an uncompressed tar file ({error})")
@@ -230,6 +257,7 @@ def _scan_members(
             sample = _read_sample(tar, key, group)
             if sample.encoding != encoding:
                 raise ValueError("not encoded as encoding.safetensors says: a folder holds one encoding, or images")
+            sample.header_offset = group[0][1].offset
             yield sample
         except ValueError as error:
             yield Problem(name, key, str(error))
