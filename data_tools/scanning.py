@@ -23,7 +23,8 @@ def folder_shards(folder: Path) -> list[Path]:
 
 
 def scan(path: Path) -> Iterator[ScannedSample | Problem]:
-    return scan_shard(path, path.name, path.stat().st_size)
+    with open(path, "rb") as file:
+        yield from scan_shard(file, path.name, path.stat().st_size)
 
 
 def shard_digest(path: Path, *settings: object) -> str:
