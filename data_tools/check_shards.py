@@ -22,6 +22,7 @@ from data_tools.check_statistics import MEASURES, Checked
 from data_tools.command import add_out, add_processes, at_least, command_parser, exit_status
 from data_tools.scanning import folder_shards, scan, shard_digest
 from data_tools.shard_writing import SCRATCH, Task, growing_folder, replacing, run_tasks
+from kontext_train.data.encoding import ENCODING_NAME
 from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span, parse_sample_json
 
 _EXAMPLES = """examples:
@@ -80,6 +81,8 @@ def check_shards(
     if tokenizer is not None and not tokenizer.is_dir():
         raise ValueError(f"tokenizer is {tokenizer}, which is not a folder. Give a released model's tokenizer_2")
     shards = folder_shards(folder)
+    if (folder / ENCODING_NAME).exists():
+        raise ValueError(f"{folder} holds encoded shards (it has {ENCODING_NAME}). Give the images they were made from")
     with growing_folder(out) as partial:
         tasks = []
         for shard in shards:

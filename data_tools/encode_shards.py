@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from webdataset import TarWriter
 
+from data_tools.command import at_least, command_parser, exit_status
+from data_tools.shard_writing import replacing, write_shard
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encode import Encoders, load_encoders, map_by_size
-from kontext_train.data.encoded import StoredText, describe_encoding, to_bytes, write_encoding
-from kontext_train.data.encoding import digest_of
+from kontext_train.data.encoded import StoredText, describe_encoding, encoding_bytes, to_bytes
+from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex, build_index, read_encoding
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.transforms import Transform
@@ -35,7 +36,7 @@ _EXAMPLES = """examples:
 Every shard becomes one of the same name in --out. Processes (torchrun's, a Slurm array's, or both) share the shards out
 among themselves. After a kill, run the same command again: finished shards are kept, the others are made. Whoever
 finishes last writes the index. Then train with data.train=OUT, the same encoders and the same data settings; others are
-refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are left out; 2 a setting is wrong."""
+refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are left out, or an error."""
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ def encode_shards(
     t5: bool,
     share: tuple[int, int] = (0, 1),
     samples_at_once: int = 4,
-    workers: int = 4,
+    processes: int = 4,
 ) -> EncodeReport:
     """Encodes this process's share of the shards of `source`, as far as they are not in `out` yet.
 
@@ -96,12 +97,16 @@ def encode_shards(
     if todo:
         models = load_encoders(encoders, _device())
         if not begun:
-            write_encoding(out, encoding, _encode_prompts([""], models, t5)[0])
-        samples = _read(SampleReader(index, transform), [row for _, rows in todo for row in rows], workers)
+            with replacing(out / ENCODING_NAME) as file:  # several processes may at once: they write the same
+                file.write(encoding_bytes(encoding, _encode_prompts([""], models, t5)[0]))
+        samples = _read(SampleReader(index, transform), [row for _, rows in todo for row in rows], processes)
         with tqdm(total=sum(len(rows) for _, rows in todo), unit="sample", desc=f"process {number}") as bar:
             for name, rows in todo:
                 read = _without_bad(islice(samples, len(rows)), report.bad, bar)
-                _write_shard(out, name, _encode(read, models, t5, samples_at_once), digest_of(encoding), transform)
+                encoded = _encode(read, models, t5, samples_at_once)
+                write_shard(out / name, _members(encoded, digest_of(encoding), transform))
+                for left in out.glob(f".{glob.escape(name)}.*.tmp"):  # of a run that was killed
+                    left.unlink(missing_ok=True)
                 report.shards += 1
         report.samples = sum(len(rows) for _, rows in todo) - len(report.bad)
     if all((out / name).exists() for name, _ in index.shard_rows()):
@@ -147,10 +152,10 @@ class _Rows(Dataset[RawSample | BadSample]):
             return error
 
 
-def _read(reader: SampleReader, rows: Sequence[int], workers: int) -> Iterator[RawSample | BadSample]:
-    """Samples in the order of `rows`, decoded ahead in worker processes."""
+def _read(reader: SampleReader, rows: Sequence[int], processes: int) -> Iterator[RawSample | BadSample]:
+    """Samples in the order of `rows`, decoded ahead in processes of their own."""
     # collate_fn: without a batch torch would turn arrays into tensors, here they go as they are
-    options: dict[str, Any] = {"num_workers": workers, "collate_fn": _as_is}
+    options: dict[str, Any] = {"num_workers": processes, "collate_fn": _as_is}
     return iter(DataLoader(_Rows(reader), batch_size=None, sampler=rows, **options))
 
 
@@ -190,37 +195,19 @@ def _encode_prompts(prompts: list[str], encoders: Encoders, t5: bool) -> list[St
     return [StoredText(clip, t) for clip, t in zip(encoders.text.pooled(prompts), tokens, strict=True)]
 
 
-def _write_shard(
-    out: Path,
-    name: str,
-    encoded: Iterable[tuple[RawSample, list[Tensor], StoredText]],
-    encoding: str,
-    transform: Transform,
-) -> None:
-    """Writes out/name, which appears when it is whole."""
-    partial = out / f".{name}.{os.uname().nodename}.{os.getpid()}.partial"
-    # encoder=False: bytes go in as they are. mtime=0: the same samples make the same shard.
-    with open(partial, "wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as tar:
-            for raw, moments, text in encoded:
-                about = json.dumps({"prompt": raw.prompt, **raw.metadata}).encode()
-                content = to_bytes(moments, text, encoding, transform.multiple // 2)
-                tar.write({"__key__": raw.key, "json": about, "encoded.safetensors": content})
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
-    partial.replace(out / name)
-    for left in out.glob(f".{glob.escape(name)}.*.partial"):  # of a run that was killed
-        left.unlink(missing_ok=True)
+def _members(
+    encoded: Iterable[tuple[RawSample, list[Tensor], StoredText]], encoding: str, transform: Transform
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of each sample, for `write_shard`."""
+    for raw, moments, text in encoded:
+        about = json.dumps({"prompt": raw.prompt, **raw.metadata}).encode()
+        content = to_bytes(moments, text, encoding, transform.multiple // 2)
+        yield raw.key, {"json": about, "encoded.safetensors": content}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.encode_shards",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("encode_shards", __doc__, _EXAMPLES)
     data, encoders = DataConfig(), EncodersConfig()
     add = parser.add_argument
     add("source", metavar="DIR", type=Path, help="a folder of indexed shards of images")
@@ -233,30 +220,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max-pixels", metavar="N", type=int, default=data.max_pixels, help="(default: %(default)s)")
     add("--max-upscale", metavar="X", type=float, default=data.max_upscale, help="(default: %(default)s)")
     add("--background", metavar="V", type=int, nargs=3, default=data.background, help="RGB (default: 255 255 255)")
-    add("--samples-at-once", metavar="N", type=int, default=4, help="in one pass (default: %(default)s)")
-    add("--workers", metavar="N", type=int, default=4, help="reader processes (default: %(default)s)")
+    add("--samples-at-once", metavar="N", type=at_least(1), default=4, help="in one pass (default: %(default)s)")
+    add("--processes", metavar="N", type=at_least(0), default=4, help="that read images (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.samples_at_once < 1 or arguments.workers < 0:
-        parser.error("--samples-at-once must be at least 1, --workers at least 0")
-    try:
-        report = encode_shards(
-            arguments.source,
-            arguments.out,
-            EncodersConfig(arguments.encoders, arguments.t5_tokens, EncoderDtype(arguments.dtype)),
-            DataConfig(
-                resize=Resize(arguments.resize),
-                max_pixels=arguments.max_pixels,
-                max_upscale=arguments.max_upscale,
-                background=arguments.background,
-            ),
-            t5=arguments.t5,
-            share=share_of(os.environ),
-            samples_at_once=arguments.samples_at_once,
-            workers=arguments.workers,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    report = encode_shards(
+        arguments.source,
+        arguments.out,
+        EncodersConfig(arguments.encoders, arguments.t5_tokens, EncoderDtype(arguments.dtype)),
+        DataConfig(
+            resize=Resize(arguments.resize),
+            max_pixels=arguments.max_pixels,
+            max_upscale=arguments.max_upscale,
+            background=arguments.background,
+        ),
+        t5=arguments.t5,
+        share=share_of(os.environ),
+        samples_at_once=arguments.samples_at_once,
+        processes=arguments.processes,
+    )
     state = "indexed" if report.indexed else "other processes still have shards to finish"
     print(f"{arguments.out}: {report.samples:,} samples in {report.shards:,} shards, {report.kept:,} kept; {state}")
     for problem in report.bad:

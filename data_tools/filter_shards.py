@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import tarfile
 from collections import defaultdict
@@ -16,6 +17,7 @@ from data_tools.command import add_out, add_processes, command_parser, exit_stat
 from data_tools.expression import NAMES, Clause, MissingField, parse_clauses
 from data_tools.scanning import folder_shards, scan, shard_digest
 from data_tools.shard_writing import Task, growing_folder, remove_others, replacing, run_tasks
+from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex, build_index
 from kontext_train.data.shard import Problem, ScannedSample, Span, parse_sample_json
 
@@ -48,6 +50,7 @@ class _Shard:
     out: Path
     where: list[str]
     drop: set[str]  # keys
+    encoding: str | None  # digest of how its samples are encoded
 
 
 def filter_shards(
@@ -66,13 +69,14 @@ def filter_shards(
         raise ValueError("there is neither an expression (--where) nor a list (--drop-list)")
     clauses = [clause.text for expression in where for clause in parse_clauses(expression)]
     shards, index = folder_shards(folder), ShardIndex.open(folder)
+    encoding = None if index.encoding is None else digest_of(index.encoding)
     drop = _read_drop_lists(drop_lists, {shard.name for shard in shards})
     counts: dict[str, Any] = {"kept": 0, "listed": 0, "dropped": [0] * len(clauses), "missing": [0] * len(clauses)}
     with growing_folder(out) as partial:
         tasks = []
         for shard in shards:
-            given = _Shard(shard, partial / shard.name, list(where), drop[shard.name])
-            tasks.append(Task(shard.name, given, shard_digest(shard, where, sorted(given.drop)), 1))
+            given = _Shard(shard, partial / shard.name, list(where), drop[shard.name], encoding)
+            tasks.append(Task(shard.name, given, shard_digest(shard, where, sorted(given.drop), encoding), 1))
         results = run_tasks(
             _filter, tasks, partial, processes=processes, total=len(tasks), label="filter", unit=" shards"
         )
@@ -98,6 +102,8 @@ def filter_shards(
         }
         with replacing(partial / REPORT_NAME) as file:
             file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
+        if encoding is not None:
+            shutil.copyfile(folder / ENCODING_NAME, partial / ENCODING_NAME)
         if build_index(partial).samples != counts["kept"]:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
@@ -139,7 +145,7 @@ def _filter(given: _Shard) -> dict[str, Any]:
     result: dict[str, Any] = {"kept": 0, "listed": 0, "dropped": [0] * len(clauses), "missing": [0] * len(clauses)}
     runs = []
     with open(given.source, "rb") as file:
-        for found in scan(given.source):
+        for found in scan(given.source, given.encoding):
             if isinstance(found, Problem):
                 continue  # it is not in the index either
             if found.key in given.drop:

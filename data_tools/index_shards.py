@@ -1,6 +1,5 @@
 """Indexes folders of shards, and tells what is in them and what is wrong with them."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -8,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.command import at_least, command_parser
 from kontext_train.data.config import is_url
 from kontext_train.data.index import IndexReport, ShardIndex, build_index
 
 _EXAMPLES = """examples:
   python -m data_tools.index_shards /data/edits
-  python -m data_tools.index_shards /data/edits /data/text_to_image --workers 16 --max-problems 1000
+  python -m data_tools.index_shards /data/edits /data/text_to_image --processes 16 --max-problems 1000
   python -m data_tools.index_shards s3://bucket/edits
   python -m data_tools.index_shards https://host/edits --shards names.txt --out /data/edits_index
   python -m data_tools.index_shards https://host/edits --out /data/edits_index     # then data.train=/data/edits_index
@@ -23,7 +23,7 @@ again whenever a shard was added, changed, moved or copied with a new time: it r
 goes on where it was. Exit status: 0 all samples are good; 1 some shards or samples have problems (the index is
 written without them) or a folder could not be indexed."""
 
-_REMOTE_WORKERS = 32  # they wait for answers, not for the processor
+_REMOTE_PROCESSES = 32  # they wait for answers, not for the processor
 
 _SIDES = (256, 512, 768, 1024, 1536, 2048)  # histogram edges: the side of a square of as many pixels
 
@@ -59,32 +59,25 @@ def _named(folder: str, names: Path) -> Sequence[str | Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.index_shards",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("index_shards", __doc__, _EXAMPLES)
     parser.add_argument("folders", metavar="DIR", nargs="+", help="a folder of shards (*.tar), or its URL")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the index of one URL goes to this local folder")
     parser.add_argument(
-        "--workers", metavar="N", type=int, help="read N shards at once (default: one a core; 32 of a URL)"
+        "--processes", metavar="N", type=at_least(1), help="work in parallel (default: the cores; 32 for a URL)"
     )
     parser.add_argument("--shards", metavar="FILE", type=Path, help="index these alone: one name in DIR a line")
-    parser.add_argument("--max-problems", metavar="N", type=int, default=50, help="print N a folder (default: 50)")
+    parser.add_argument(
+        "--max-problems", metavar="N", type=at_least(0), default=50, help="print N a folder (default: 50)"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.max_problems < 0:
-        parser.error(f"--max-problems is {arguments.max_problems}; it must be 0 or more")
-    if arguments.workers is not None and arguments.workers < 1:
-        parser.error(f"--workers is {arguments.workers}; it must be 1 or more")
     if (arguments.out or arguments.shards) and len(arguments.folders) > 1:
         parser.error(f"--out and --shards are for one DIR; {len(arguments.folders)} were given")
     status = 0
     for folder in arguments.folders:
-        workers = arguments.workers or (_REMOTE_WORKERS if is_url(folder) else len(os.sched_getaffinity(0)))
+        processes = arguments.processes or (_REMOTE_PROCESSES if is_url(folder) else len(os.sched_getaffinity(0)))
         try:
             shards = None if arguments.shards is None else _named(folder, arguments.shards)
-            report = build_index(folder, shards=shards, out=arguments.out, workers=workers, progress=True)
+            report = build_index(folder, shards=shards, out=arguments.out, workers=processes, progress=True)
             print_report(folder, str(arguments.out or folder), report, arguments.max_problems)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -22,9 +22,10 @@ def folder_shards(folder: Path) -> list[Path]:
     return paths
 
 
-def scan(path: Path) -> Iterator[ScannedSample | Problem]:
+def scan(path: Path, encoding: str | None = None) -> Iterator[ScannedSample | Problem]:
+    """encoding: as `scan_shard` has it."""
     with open(path, "rb") as file:
-        yield from scan_shard(file, path.name, path.stat().st_size)
+        yield from scan_shard(file, path.name, path.stat().st_size, encoding)
 
 
 def shard_digest(path: Path, *settings: object) -> str:

@@ -8,7 +8,6 @@ Legend: C latent channels, h, w latents, P pooled channels, L text tokens, E tex
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,11 +126,9 @@ def check_encoding(key: str, index: ShardIndex, config: EncodersConfig, transfor
             raise ConfigError(setting, value, f"but {folder} was encoded with {stored[setting]!r}", hint)
 
 
-def write_encoding(folder: Path, encoding: dict[str, Any], empty_prompt: StoredText) -> None:
-    """Writes `folder/encoding.safetensors` in one step. Several processes may at once: they write the same."""
-    temporary = folder / f".{ENCODING_NAME}.{os.uname().nodename}.{os.getpid()}.partial"
-    temporary.write_bytes(save(empty_prompt.tensors(), {METADATA_KEY: json.dumps(encoding)}))
-    temporary.replace(folder / ENCODING_NAME)
+def encoding_bytes(encoding: dict[str, Any], empty_prompt: StoredText) -> bytes:
+    """The content of `encoding.safetensors`; see `read_empty_prompt`."""
+    return save(empty_prompt.tensors(), {METADATA_KEY: json.dumps(encoding)})
 
 
 def read_empty_prompt(index: ShardIndex) -> StoredText:

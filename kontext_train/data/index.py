@@ -182,7 +182,7 @@ class _Known:
             header, _, self._columns = map_index(path, "")
         except (FileNotFoundError, ValueError):
             header = {"shards": [], "encoding": encoding}
-        if header["encoding"] != encoding:
+        if header.get("encoding") != encoding:
             header["shards"] = []
         self._shards, end = dict[str, dict[str, Any]](), 0
         for shard in header["shards"]:
@@ -260,11 +260,14 @@ class ShardIndex:
         """Maps an index file without looking at the shards; `ShardIndex.open` is the way in."""
         self.folder, self.storage, self._file = folder, storage, file
         header, self._shard, self._columns = map_index(file, _run(folder))
-        self.base: str = header["base"] or folder
-        self.digest: str = header["digest"]
-        self.encoding: dict[str, Any] | None = header["encoding"]
-        self.samples_by_contexts: list[int] = header["samples_by_contexts"]
-        self._shards, self._whole_folder = header["shards"], header["whole_folder"]
+        try:
+            self.base: str = header["base"] or folder
+            self.digest: str = header["digest"]
+            self.encoding: dict[str, Any] | None = header["encoding"]
+            self.samples_by_contexts: list[int] = header["samples_by_contexts"]
+            self._shards, self._whole_folder = header["shards"], header["whole_folder"]
+        except KeyError as error:
+            raise ValueError(f"{file} is damaged: its metadata lacks {error}. {_run(folder)}") from error
         self.target_hw: npt.NDArray[np.int32] = self._columns.target_hw
         self.context_start: npt.NDArray[np.int64] = self._columns.context_start
         self.context_hw: npt.NDArray[np.int32] = self._columns.context_hw
@@ -335,12 +338,19 @@ class ShardIndex:
         """Where the bytes of sample i are, 0 <= i < len(self). Raises IndexError outside of that."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of an index of {len(self)} samples")
+        try:
+            return self._location(i)
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{self._file} is damaged at sample {i} ({error}). {_run(self.base)}") from error
+
+    def _location(self, i: int) -> SampleLocation:
+        """Raises IndexError or ValueError if the row says what cannot be."""
         shard, columns = self._shards[self._shard[i]], self._columns
         key = columns.key_utf8[columns.key_start[i] : columns.key_start[i + 1]]
         rows = slice(columns.context_start[i], columns.context_start[i + 1])
         contexts = zip(columns.context_offset[rows].tolist(), columns.context_bytes[rows].tolist(), strict=True)
         path = f"{self.base}/{shard['path']}"
-        return SampleLocation(
+        location = SampleLocation(
             file=ShardFile(path, shard["bytes"], shard.get("mtime_ns"), shard.get("etag")),
             name=shard["path"],
             key=key.tobytes().decode(),
@@ -348,6 +358,10 @@ class ShardIndex:
             target=Span(int(columns.target_offset[i]), int(columns.target_bytes[i])),
             contexts=tuple(Span(*span) for span in contexts),
         )
+        for span in (location.json, location.target, *location.contexts):
+            if span.offset < 0 or span.size < 0 or span.offset + span.size > location.file.bytes:
+                raise ValueError(f"bytes {span.offset} to {span.offset + span.size} are not in {location.name}")
+        return location
 
     def __reduce__(self) -> tuple[Callable[..., "ShardIndex"], tuple[str, Path, str, StorageConfig | None]]:
         return _reopen, (self.folder, self._file, self.digest, self.storage)

@@ -205,19 +205,26 @@ def map_index(path: Path, hint: str) -> tuple[dict[str, Any], npt.NDArray[np.int
     """Metadata, shard column and the other columns of an index: read-only views of the mapped file, of which only the
     schema is read. Raises ValueError, which ends in `hint`, if it is no index or of another version.
     """
+    damaged = f"{path} is not a shard index or is damaged"
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         header = json.loads(reader.schema.metadata[_METADATA_KEY])
         version = header["format_version"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a shard index or is damaged ({error}). {hint}") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damage makes Arrow raise errors of many kinds
+        raise ValueError(f"{damaged} ({error}). {hint}") from error
     if version != FORMAT_VERSION:
         newer = " (it was written by a newer kontext_train: update)" if version > FORMAT_VERSION else ""
         raise ValueError(f"{path} has format version {version}{newer}, this program reads {FORMAT_VERSION}. {hint}")
     if reader.num_record_batches != 1 or not reader.schema.equals(_SCHEMA):
         raise ValueError(f"{path} has other columns than format version {version} has. {hint}")
-    batch = reader.get_batch(0)
-    return header, _values(batch.column("shard")), _from_arrow(batch)
+    try:
+        batch = reader.get_batch(0)
+        batch.validate()  # of lengths alone, not of what is in the columns; Arrow aborts the process at some bad ones
+        return header, _values(batch.column("shard")), _from_arrow(batch)
+    except Exception as error:
+        raise ValueError(f"{damaged} ({error}). {hint}") from error
 
 
 def _from_arrow(batch: pa.RecordBatch) -> Columns:

@@ -115,7 +115,7 @@ def scan_all(scans: Sequence[Scan], *, done: int, workers: int, storage: Storage
                 for _ in pool.map(_scan, scans, settings):
                     bar.update()
             except BrokenProcessPool as error:
-                hint = "perhaps for its memory. Run it again, with fewer workers: it goes on where it was"
+                hint = "perhaps for its memory. Run it again, with fewer processes: it goes on where it was"
                 raise StorageError(f"a process that scans shards was killed, {hint}") from error
 
 

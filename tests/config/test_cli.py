@@ -93,10 +93,14 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
         ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
         ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
-        ("parallel.dp_replicate=3", 4, r"dp_replicate, dp_shard=\(3, -1\): .* must be the number of processes, 4"),
+        (
+            "parallel.dp_replicate=3",
+            4,
+            r"dp_shard, cp=\(3, -1, 1\): .* must be the number of processes, 4",
+        ),
         ("+data.sources.web.path=/nowhere", 1, r"data\.sources\.web\.path='/nowhere': must be a folder"),
         ("+data.sources.web={path: /, max_pixels: 99}", 1, r"data\.sources\.web\.max_pixels=99: must hold at least"),
-        ("parallel.dp_shard=2", 4, r"dp_replicate, dp_shard=\(1, 2\): .* must be the number of processes, 4"),
+        ("parallel.dp_shard=2", 4, r"dp_shard, cp=\(1, 2, 1\): .* must be the number of processes, 4"),
     ],
 )
 def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, world: int, message: str) -> None:
@@ -138,7 +142,7 @@ def test_what_only_the_shards_know_is_refused_by_key(
 def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> None:
     done = kontext_train(*SMALL, f"data.train={shards}", f"run.dir={tmp_path}", "parallel.dp_shard=2", processes=4)
     assert done.returncode == 2
-    assert done.stderr.startswith("kontext-train: parallel.dp_replicate, dp_shard=(1, 2)")
+    assert done.stderr.startswith("kontext-train: parallel.dp_replicate, dp_shard, cp=(1, 2, 1)")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -82,10 +82,10 @@ def test_a_damaged_or_older_index_is_built_anew(folder: Path) -> None:
 def _build_slowly(folder: Path, workers: int) -> None:
     real = index_scan.scan_shard
 
-    def slow(stream: object, name: str, size: int) -> Iterator[object]:
+    def slow(stream: object, name: str, *arguments: object) -> Iterator[object]:
         if name >= "4":
             time.sleep(60)
-        return real(stream, name, size)  # type: ignore[arg-type]
+        return real(stream, name, *arguments)  # type: ignore[arg-type]
 
     index_scan.scan_shard = slow  # type: ignore[assignment]
     build_index(folder, workers=workers)
@@ -130,16 +130,16 @@ def test_a_worker_that_is_killed_is_told(folder: Path, monkeypatch: pytest.Monke
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(index_scan, "scan_shard", die)
-    with pytest.raises(StorageError, match=r"a process that scans shards was killed, .*fewer workers"):
+    with pytest.raises(StorageError, match=r"a process that scans shards was killed, .*fewer processes"):
         build_index(folder, workers=2)
 
 
 def test_a_shard_that_changes_while_it_is_read_stops_the_job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = index_scan.scan_shard
 
-    def change(stream: object, name: str, size: int) -> Iterator[object]:
+    def change(stream: object, name: str, *arguments: object) -> Iterator[object]:
         os.utime(folder / name, ns=(0, 1))
-        return real(stream, name, size)  # type: ignore[arg-type]
+        return real(stream, name, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(index_scan, "scan_shard", change)
     with pytest.raises(StorageError, match=r"0\.tar changed while it was read\. Run it again"):
@@ -164,6 +164,6 @@ def test_storage_that_fails_in_the_middle_of_an_image_is_no_bad_sample(
             return raw
 
     real = index_scan.scan_shard
-    monkeypatch.setattr(index_scan, "scan_shard", lambda stream, name, size: real(Failing(stream), name, size))  # type: ignore[arg-type]
+    monkeypatch.setattr(index_scan, "scan_shard", lambda stream, *arguments: real(Failing(stream), *arguments))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="Input/output error"):
         build_index(folder)

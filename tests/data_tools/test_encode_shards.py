@@ -58,7 +58,7 @@ def source(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encode(source: Path, out: Path, t5: bool = True, **options: object) -> tool.EncodeReport:
-    settings: dict[str, object] = {"encoders": encoders_config(), "data": DATA, "workers": 0} | options
+    settings: dict[str, object] = {"encoders": encoders_config(), "data": DATA, "processes": 0} | options
     return encode_shards(source, out, t5=t5, **settings)  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def test_killed_and_run_again_is_one_run(source: Path, encoded: Path, tmp_path: 
     process.join()
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert finished.keys() < {"00.tar", "01.tar", "02.tar", "03.tar"}  # it was killed in the middle
-    (out / ".03.tar.elsewhere.1.partial").write_bytes(b"half")  # as a kill at a worse moment leaves it
+    (out / ".03.tar.elsewhere.1.tmp").write_bytes(b"half")  # as a kill at a worse moment leaves it
     report = encode(source, out, samples_at_once=1)
     assert (report.kept, report.shards, report.indexed) == (len(finished), 4 - len(finished), True)
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
@@ -256,7 +256,7 @@ def test_a_bad_sample_is_left_out_by_name(source: Path, tmp_path: Path, capsys: 
         file.seek(location.target.offset + 40)
         file.write(b"\0" * 40)
     os.utime(location.shard, ns=(state.st_atime_ns, state.st_mtime_ns))
-    arguments = [str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--encoders", str(ENCODERS), "--workers=1"]
+    arguments = [str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--encoders", str(ENCODERS), "--processes=1"]
     assert tool.main([*arguments, "--t5-tokens=12", "--dtype=float32"]) == 1
     printed = capsys.readouterr().out
     assert f"left out: {location.shard}: {location.key}: target: cannot be decoded" in printed
@@ -278,7 +278,7 @@ def test_a_folder_of_something_else_is_not_added_to(source: Path, encoded: Path)
 
 def test_wrong_settings_have_a_name_and_a_status(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(source), "--out", "never", "--encoders", str(ENCODERS)]
-    assert tool.main([*arguments, "--max-upscale", "0.5"]) == 2
+    assert tool.main([*arguments, "--max-upscale", "0.5"]) == 1
     assert "data.max_upscale=0.5: must be at least 1" in capsys.readouterr().err
 
 

@@ -22,6 +22,7 @@ from data_tools.check_shards import check_shards, measure_shard
 from data_tools.filter_shards import filter_shards
 from kontext_train.data.index import INDEX_NAME, ShardIndex, build_index
 from kontext_train.data.sample import BadSample, SampleReader
+from kontext_train.data.transforms import Transform
 
 FUZZ = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -405,3 +406,26 @@ def test_folder_with_what_is_no_file(folder: Path, kind: str) -> None:
     for tool in (build_index, lambda path: check_shards(path, folder / "report")):
         with pytest.raises(ValueError, match=r"bad\.tar is not a file"):
             tool(folder)
+
+
+# ----------------------------------------------------------------------------------------------------- the index itself
+
+
+@settings(FUZZ, max_examples=150)
+@given(changes=st.lists(st.tuples(st.floats(0, 0.999999), st.integers(0, 255)), min_size=1, max_size=8))
+def test_damaged_index_is_named(folder: Path, changes: list[tuple[float, int]]) -> None:
+    (folder / "a.tar").write_bytes(SHARD)
+    build_index(folder)
+    index = bytearray((folder / INDEX_NAME).read_bytes())
+    for at, value in changes:
+        index[int(at * len(index))] = value
+    (folder / INDEX_NAME).unlink()  # not written over: an earlier example still has it mapped
+    (folder / INDEX_NAME).write_bytes(index)
+    seen = Seen([], [], [], [], 0)
+    try:
+        read_all(ShardIndex.open(folder), seen)
+    except (ValueError, OSError) as error:
+        said = str(error)
+    else:
+        said = ""  # padding, or numbers that are wrong and possible: samples are then bad, or have other keys
+    assert not said or str(folder) in said

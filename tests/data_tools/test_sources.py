@@ -18,6 +18,7 @@ from data_tools.rows import Columns
 from data_tools.tables import Table
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.sample import RawSample, SampleReader
+from kontext_train.data.transforms import Transform
 
 
 def encoded(form: str, seed: int, side: int = 16) -> bytes:
@@ -29,7 +30,7 @@ def encoded(form: str, seed: int, side: int = 16) -> bytes:
 
 def packed(sources: Sequence[Table], out: Path, columns: Columns | None = None, **options: Any) -> list[RawSample]:
     make_shards.make_shards(sources, out, columns, **options)
-    reader = SampleReader(ShardIndex.open(out), 1 << 20, 16)
+    reader = SampleReader(ShardIndex.open(out), Transform(1 << 20, 16))
     return [reader.read(i) for i in range(len(reader.index))]
 
 
@@ -204,7 +205,7 @@ def test_command_takes_columns(pairs: Path, tmp_path: Path, capsys: pytest.Captu
     options = ["--target", "input_image", "--context", "edited_image", "--keep", "score", "--processes", "1"]
     assert make_shards.main(["--table", str(pairs), "--out", str(out), *options]) == 0
     assert "10 samples in 1 shards, indexed" in capsys.readouterr().out
-    sample = SampleReader(ShardIndex.open(out), 1 << 20, 16).read(1)
+    sample = SampleReader(ShardIndex.open(out), Transform(1 << 20, 16)).read(1)
     assert sample.metadata == {"score": 0.25}
     assert sample.target.tolist() == pixels(encoded("JPEG", 1))
     with pytest.raises(SystemExit, match="2"):

@@ -290,7 +290,7 @@ def test_tolerated_bad_rows_are_left_out_and_reported(images: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="more than max_bad_rows = 1 rows are bad; all that were found are in "):
         pack(images, table, tmp_path / "out", max_bad_rows=1)
     assert pack(images, table, tmp_path / "out", max_bad_rows=2).samples == 2
-    reader = SampleReader(ShardIndex.open(tmp_path / "out"), 1 << 20, 16)
+    reader = SampleReader(ShardIndex.open(tmp_path / "out"), Transform(1 << 20, 16))
     assert [reader.read(i).key for i in range(2)] == ["00000000", "00000002"]  # keys stay row numbers
     lines = [json.loads(line) for line in (tmp_path / "out.bad_rows.jsonl").read_text().splitlines()]
     assert [(line["table"], line["row"], line["column"]) for line in lines] == [
