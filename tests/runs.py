@@ -55,12 +55,17 @@ def broken_copy(shards: Path, folder: Path, samples: Sequence[int]) -> Path:
     index = ShardIndex.open(folder)
     for i in samples:
         where = index.location(i)
-        state = where.shard.stat()
-        with where.shard.open("r+b") as file:
-            file.seek(where.target.offset)
-            file.write(bytes(where.target.size))
-        os.utime(where.shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+        overwrite(where.shard, where.target.offset, bytes(where.target.size))
     return folder
+
+
+def overwrite(path: Path, offset: int, raw: bytes) -> None:
+    """Size and time stay as they are."""
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(raw)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def run(config: TrainConfig, processes: int = 1) -> None:

@@ -99,7 +99,7 @@ STRANGE = {
 @pytest.mark.parametrize("name", STRANGE)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_other_formats_behind_a_good_suffix_have_a_name(tmp_path: Path, name: str, suffix: str) -> None:
-    assert "not a readable PNG, JPEG or WebP image (UnidentifiedImageError" in fate(tmp_path, STRANGE[name], suffix)
+    assert "not a readable PNG, JPEG or WebP image" in fate(tmp_path, STRANGE[name], suffix)
 
 
 MODES = {

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import FLOPS, TXT_TOKENS, MixedIndex, buckets, first_fit_decreasing, ours, random_packing, row
-from kontext_train.data.config import DataConfig
+from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.loader import rank_packs
 from kontext_train.data.plan import Pack, Planner, Position, Step, Window, plan_digest
 from kontext_train.data.sources import Mixture, Source
@@ -307,6 +307,18 @@ def test_a_bound_that_holds_spares_the_look_at_every_sample(monkeypatch: pytest.
     mixture = Mixture([source(50)], TXT_TOKENS)
     monkeypatch.setattr(Mixture, "_image_tokens", lambda *_: pytest.fail("looked at samples"))
     mixture.check_budget(TXT_TOKENS + 4 * 4096)
+
+
+def test_the_bound_knows_that_kontext_sizes_exceed_a_megapixel() -> None:
+    """(1328, 800) has 4,150 tokens, a megapixel 4,096: between the two, the samples must be looked at."""
+    index = MixedIndex(50)
+    index.target_hw[:], index.context_hw[:] = (13280, 8000), (13280, 8000)
+    transform = Transform(MEGAPIXEL, 16, resize=Resize.kontext)
+    mixture = Mixture([Source("kontext", index, Fraction(1), transform, 0.0, 0.0)], TXT_TOKENS)  # type: ignore[arg-type]
+    most = TXT_TOKENS + 4 * 4150
+    mixture.check_budget(most)
+    with pytest.raises(ConfigError, match=rf"has {most} tokens"):
+        mixture.check_budget(most - 1)
 
 
 def test_validation_covers_the_first_samples_once_and_ranks_without_any_get_filler() -> None:

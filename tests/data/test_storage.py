@@ -205,7 +205,7 @@ def test_an_index_on_the_server_is_copied_once_and_again_when_it_changed(server:
 def test_http_cannot_be_written_to(server: FaultyServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert index_shards.main([server.url]) == 1
     assert "cannot be written to. Give --out" in capsys.readouterr().err
-    assert index_shards.main([server.url, "--out", str(tmp_path / "index"), "--workers", "2"]) == 0
+    assert index_shards.main([server.url, "--out", str(tmp_path / "index"), "--processes", "2"]) == 0
     assert f"{server.url}: 200 samples in " in capsys.readouterr().out
 
 
@@ -280,7 +280,7 @@ def test_a_whole_epoch_over_s3_is_the_local_one(
     s3: None, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = upload(shards, "epoch")
-    assert index_shards.main([url, "--workers", "2"]) == 0  # the index goes beside the shards
+    assert index_shards.main([url, "--processes", "2"]) == 0  # the index goes beside the shards
     assert "200 samples" in capsys.readouterr().out
     index = ShardIndex.open(url, StorageConfig(**FAST, cache_dir=str(tmp_path)))  # type: ignore[arg-type]
     assert index.digest == ShardIndex.open(shards).digest

@@ -16,7 +16,9 @@ from safetensors.torch import load, load_file, save, save_file
 from webdataset import ShardWriter
 
 from data_tools import encode_shards as tool
+from data_tools.check_shards import check_shards
 from data_tools.encode_shards import encode_shards, share_of
+from data_tools.filter_shards import filter_shards
 from kontext_train.data import encoded as encoded_module
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encoded import to_bytes
@@ -31,7 +33,8 @@ from kontext_train.train import train
 from kontext_train.training.metrics import read_metrics
 from tests.data.test_sample import encode as image_bytes
 from tests.data.test_sample import noise, write_folder
-from tests.runs import ENCODERS, fork, small_config
+from tests.runs import ENCODERS, broken_copy, fork, overwrite, small_config
+from tests.servers import web_server
 
 DATA = DataConfig()
 
@@ -174,6 +177,85 @@ def test_validation_and_its_pictures(source: Path, encoded: Path, tmp_path: Path
     assert values[1] == pytest.approx(values[0], rel=2e-3)
 
 
+def test_a_source_of_images_beside_one_of_latents_is_refused_by_key(
+    source: Path, encoded: Path, tmp_path: Path
+) -> None:
+    encode(source, tmp_path / "clip", t5=False)
+    for other, kind in ((source, "images"), (tmp_path / "clip", "latents")):
+        two = (f"+data.sources.a.path={encoded}", f"+data.sources.b.path={other}")
+        rule = rf"data\.sources\.b\.path='.*': holds {kind}, but data\.sources\.a latents and T5's tokens"
+        with pytest.raises(ConfigError, match=rule):
+            trained("", tmp_path / "run", *two)  # type: ignore[arg-type]
+
+
+def test_two_sources_of_latents_train_together(
+    source: Path, encoded: Path, other_encoders: Path, tmp_path: Path
+) -> None:
+    two = (f"+data.sources.a.path={encoded}", f"+data.sources.b.path={shutil.copytree(encoded, tmp_path / 'b')}")
+    assert len(set(trained("", tmp_path / "run", *two))) == 3  # type: ignore[arg-type]
+    encode(source, tmp_path / "b2", encoders=encoders_config(other_encoders))
+    with pytest.raises(ConfigError, match=r"encoders\.path='.*': has another vae than .*b2 was encoded with"):
+        trained("", tmp_path / "run", two[0], f"+data.sources.b.path={tmp_path / 'b2'}")  # type: ignore[arg-type]
+
+
+def test_a_run_does_not_go_on_with_shards_encoded_otherwise(
+    source: Path, encoded: Path, other_encoders: Path, tmp_path: Path
+) -> None:
+    encode(source, tmp_path / "out", encoders=encoders_config(other_encoders))
+    assert ShardIndex.open(tmp_path / "out").digest != ShardIndex.open(encoded).digest
+    trained(encoded, tmp_path / "run", "run.save_every_steps=1")
+    with pytest.raises(ConfigError, match=r"run\.resume='.*': but .* was planned with other data settings"):
+        trained(tmp_path / "out", tmp_path / "run", "run.steps=4", f"encoders.path={other_encoders}")
+
+
+def test_a_bad_encoded_sample_leaves_a_hole(encoded: Path, tmp_path: Path) -> None:
+    trained(broken_copy(encoded, tmp_path / "broken", range(0, 60, 4)), tmp_path / "run")
+    noted = (tmp_path / "run" / "bad_samples.jsonl").read_text()
+    assert "encoded: cannot be read (SafetensorError" in noted
+    whole, hole = (SampleReader(ShardIndex.open(f), Transform(1 << 20, 16)) for f in (encoded, tmp_path / "broken"))
+    for i in (0, 4, 8, 12):
+        expected, given = whole.read(i), hole.hole(i)
+        assert (given.key, given.prompt) == (expected.key, "")
+        images = [(image.shape, image.dtype) for image in (given.target, *given.contexts)]
+        assert images == [(image.shape, image.dtype) for image in (expected.target, *expected.contexts)]
+        assert given.text is whole.empty_prompt or torch.equal(given.text.clip_P, whole.empty_prompt.clip_P)  # type: ignore[union-attr]
+
+
+def test_encoded_shards_on_a_web_server_train_like_local_ones(encoded: Path, tmp_path: Path) -> None:
+    local = trained(encoded, tmp_path / "local")
+    with web_server(encoded) as server:
+        assert build_index(server.url, out=tmp_path / "index").problems == []
+        assert ShardIndex.open(tmp_path / "index").digest == ShardIndex.open(encoded).digest
+        assert trained(tmp_path / "index", tmp_path / "remote") == local
+        (tmp_path / "named").mkdir()
+        build_index(server.url, out=tmp_path / "named", shards=["00.tar"])  # no listing tells of the encoding
+        assert ShardIndex.open(tmp_path / "named").encoding == ShardIndex.open(encoded).encoding
+
+
+def test_an_encoding_that_was_replaced_is_refused_by_name(encoded: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoded, tmp_path / "out")
+    reader = SampleReader(ShardIndex.open(tmp_path / "out"), Transform(1 << 20, 16))
+    (tmp_path / "out" / "encoding.safetensors").write_bytes(save({}, {"kontext_train": '{"t5": false}'}))
+    with pytest.raises(ValueError, match=r"encoding\.safetensors was replaced after the shards beside it were indexed"):
+        _ = reader.empty_prompt
+    (tmp_path / "out" / "encoding.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"encoding\.safetensors is damaged"):
+        _ = SampleReader(reader.index, reader.transform).empty_prompt
+    (tmp_path / "out" / "encoding.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"encoding\.safetensors"):
+        _ = SampleReader(reader.index, reader.transform).empty_prompt
+
+
+def test_encoded_shards_can_be_filtered_but_not_checked(encoded: Path, tmp_path: Path) -> None:
+    filter_shards(encoded, tmp_path / "edits", ["contexts > 0"])
+    filtered, all_ = ShardIndex.open(tmp_path / "edits"), ShardIndex.open(encoded)
+    assert filtered.encoding == all_.encoding
+    assert len(filtered) == sum(all_.samples_by_contexts[1:]) > 0
+    assert trained(tmp_path / "edits", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"out holds encoded shards .*Give the images they were made from"):
+        check_shards(encoded, tmp_path / "report")
+
+
 # -------------------------------------------------------------------------------------------------------------- storing
 
 
@@ -251,11 +333,7 @@ def test_a_bad_sample_is_left_out_by_name(source: Path, tmp_path: Path, capsys: 
     shutil.copytree(source, tmp_path / "source")
     index = ShardIndex.open(tmp_path / "source")
     location = index.location(20)
-    state = location.shard.stat()
-    with open(location.shard, "r+b") as file:
-        file.seek(location.target.offset + 40)
-        file.write(b"\0" * 40)
-    os.utime(location.shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+    overwrite(location.shard, location.target.offset + 40, bytes(40))
     arguments = [str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--encoders", str(ENCODERS), "--processes=1"]
     assert tool.main([*arguments, "--t5-tokens=12", "--dtype=float32"]) == 1
     printed = capsys.readouterr().out
@@ -349,9 +427,7 @@ def test_bytes_damaged_after_indexing_are_a_bad_sample(encoded: Path, tmp_path: 
     shutil.copytree(encoded, tmp_path / "out")
     index = ShardIndex.open(tmp_path / "out")
     location = index.location(3)
-    with open(location.shard, "r+b") as file:
-        file.seek(location.target.offset)
-        file.write(b"\xff" * 64)
+    overwrite(location.shard, location.target.offset, b"\xff" * 64)
     with pytest.raises(BadSample, match=rf"00\.tar: {location.key}: encoded: cannot be read \(SafetensorError"):
         SampleReader(index, Transform(1 << 20, 16)).read(3)
 

@@ -397,7 +397,7 @@ def test_index_shards_where_everything_is_broken(tmp_path: Path, capsys: pytest.
 def test_index_shards_refuses_a_negative_limit(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         index_shards.main([str(shards), "--max-problems", "-1"])
-    assert "--max-problems is -1; it must be 0 or more" in capsys.readouterr().err
+    assert "--max-problems: it is -1; it must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["make_shards", "index_shards"])
