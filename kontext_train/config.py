@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kontext_train.data.config import DataConfig, SourceConfig, is_url
-from kontext_train.distributed.config import ParallelConfig
+from kontext_train.distributed.config import ParallelConfig, Precision
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import EncodersConfig, FluxConfig
@@ -22,6 +22,7 @@ from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     EMAConfig,
     LoggingConfig,
+    MomentDtype,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -133,6 +134,10 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
+    _check_master_dtype(config)
+    if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
+        rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
+        raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
     if config.schedule.warmup_steps > config.run.steps:
         rule = f"must not exceed run.steps={config.run.steps}"
         raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
@@ -145,3 +150,14 @@ def check(config: TrainConfig, world_size: int) -> None:
     for key, folder in folders.items():
         if not (folder and (is_url(folder) or Path(folder).is_dir())):
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")
+
+
+def _check_master_dtype(config: TrainConfig) -> None:
+    kept, rounded = config.parallel.master_dtype, config.optimizer.stochastic_rounding
+    if kept is Precision.bfloat16 and not rounded:
+        rule = "rounds to nearest, which loses updates below 1/512 of their weight"
+        hint = "Set optimizer.stochastic_rounding=true, or keep float32"
+        raise ConfigError("parallel.master_dtype", kept.value, rule, hint)
+    if rounded and kept is not Precision.bfloat16:
+        rule = f"is of weights kept in bfloat16, and parallel.master_dtype={kept.value}"
+        raise ConfigError("optimizer.stochastic_rounding", True, rule, "Set parallel.master_dtype=bfloat16")

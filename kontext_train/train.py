@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
 from kontext_train.distributed.config import world_size_from_environment
-from kontext_train.errors import ConfigError, StorageError
+from kontext_train.errors import ConfigError
 
 REQUEUE = 75  # exit status of a run that a signal stopped and that can be resumed (sysexits' EX_TEMPFAIL)
 
@@ -49,24 +49,20 @@ def sweep_member(hydra_config: HydraConf) -> str:
 
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
-    from dataclasses import replace
-    from fractions import Fraction
-
     import torch
 
-    from kontext_train.data.config import Crop
     from kontext_train.data.encode import load_encoders
     from kontext_train.data.encoded import check_encoding
-    from kontext_train.data.index import ShardIndex
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, plan_digest
-    from kontext_train.data.sources import Mixture, Source, check_one_kind, shares
-    from kontext_train.data.transforms import Transform
+    from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
+    from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
-    from kontext_train.models.attention import attention_function
+    from kontext_train.distributed.watchdog import watchdog
+    from kontext_train.models.attention import attention_function, usable_backend
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
     from kontext_train.models.weights import initialise, load
@@ -83,55 +79,50 @@ def train(config: TrainConfig) -> None:
     pixels_per_token = config.encoders.pixels_per_token()
     flops = forward_flops(config.model)
 
-    def opened(key: str, folder: str) -> ShardIndex:
-        try:
-            return ShardIndex.open(folder, config.data.storage)
-        except (ValueError, StorageError) as error:
-            raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
-
-    def planned(key: str, sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
+    def planned(sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
         for source in sources:
-            check_encoding(key.format(source.name), source.index, config.encoders, source.transform)
+            check_encoding(source.key, source.index, config.encoders, source.transform)
         mixture = Mixture(sources, config.encoders.t5_tokens)
         mixture.check_budget(config.data.tokens_per_pack)
         planner = Planner(mixture, config.data, config.run.seed, flops.of_tokens)
         pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
         return planner, PackReader(mixture, holes=holes, pad_to=pad_to)
 
-    given = config.data.of_sources()
-    key = "data.sources.{}.path" if config.data.sources else "data.train"
-    transform = Transform.of(config.data, pixels_per_token, config.run.seed)
-    indexes = {name: opened(key.format(name), source.path) for name, source in given.items()}
-    check_one_kind(indexes)
-    share = shares(given, {name: len(index) for name, index in indexes.items()})
-    sources = [Source.of(name, given[name], indexes[name], share[name], transform) for name in given]
-    planner, reader = planned(key, sources, holes=config.data.max_bad_fraction > 0)
+    sources = open_sources(config.data, pixels_per_token, config.run.seed)
+    planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
     held_out = None
     if config.data.validation:
-        centred = replace(transform, crop=Crop.center)  # validation never changes
-        indexes["validation"] = opened("data.validation", config.data.validation)
-        if config.validation.samples > len(indexes["validation"]):
-            rule = f"but data.validation holds {len(indexes['validation'])} samples"
+        its_source = open_validation(config.data, config.data.validation, pixels_per_token)
+        if config.validation.samples > len(its_source.index):
+            rule = f"but data.validation holds {len(its_source.index)} samples"
             raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
-        its_source = Source("validation", indexes["validation"], Fraction(1), centred, 0.0, 0.0)
-        held_out = planned("data.validation", [its_source], holes=False)
+        held_out = planned([its_source], holes=False)
+        sources.append(its_source)
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
-    all_stored = all(index.encoding is not None and index.encoding["t5"] for index in indexes.values())
+    all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
     needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
-    attention = attention_function(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    check_hardware(config.parallel)
+    backend = usable_backend(
+        config.model.attention,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        getattr(torch, config.parallel.param_dtype.value),
+        config.model.head_dim,
+    )
+    attention = attention_function(backend)
     resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
 
-    with process_group(config.parallel) as world:
+    with process_group(config.parallel) as world, watchdog(world, config.parallel) as watch:
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
         chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
         resume = Path(chosen) if chosen else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
@@ -161,8 +152,9 @@ def train(config: TrainConfig) -> None:
             config.run,
             config.schedule,
             world,
+            watch,
             objective,
-            {phase: PhaseOptimizer(objective.modules[phase], config.optimizer) for phase in objective.phases},
+            {p: PhaseOptimizer(objective.modules[p], config.optimizer, config.run.seed) for p in objective.phases},
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,

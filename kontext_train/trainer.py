@@ -13,9 +13,12 @@ from torch import Tensor
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
+from kontext_train.distributed.float8 import plain
 from kontext_train.distributed.parallelize import reshard
+from kontext_train.distributed.recompiles import Recompiles
 from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
+from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
@@ -58,6 +61,7 @@ class Trainer:
         config: RunConfig,
         schedule: ScheduleConfig,
         world: World,
+        watch: Watch,
         objective: Objective,
         optimizers: dict[str, PhaseOptimizer],  # by phase
         ema: EMA | None,
@@ -67,9 +71,10 @@ class Trainer:
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
-        self.config, self.schedule, self.world = config, schedule, world
+        self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
         self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
+        self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
         self.folder = Path(config.dir) / "checkpoints"
@@ -79,7 +84,13 @@ class Trainer:
     def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog) -> None:
         """Train to config.steps. Raises Interrupted after saving if any rank got a signal."""
         with stop_on_signals() as stop:
-            self.loop(batches, validation, log, stop)
+            try:
+                self.loop(batches, validation, log, stop)
+            except Interrupted:
+                raise
+            except BaseException as error:
+                self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
+                raise
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
@@ -87,21 +98,26 @@ class Trainer:
         peak = peak_tflops(self.world.device)
         window = Window(time.perf_counter())
         while self.step < self.config.steps:
+            self.at("data")
             asked = time.perf_counter()
             pixels = [next(batches) for _ in range(self.config.microbatches)]
             window.waited += time.perf_counter() - asked
             window.add(self.train_step(pixels))
             self.count(window, pixels)
             log.advance()
+            self.at("stop check")
             stopping = self.agree_to_stop(stop, pixels)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
-                log.write(self.step, self.summary(window, peak))
+                self.at("log")
+                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics())
                 window = Window(time.perf_counter())
             paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
+                self.at("validation")
                 self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
+                self.at("save")
                 self.save()
             window.paused += time.perf_counter() - paused
             if self.bad.too_many():
@@ -120,11 +136,16 @@ class Trainer:
             self.bad.note(self.step, own)
         return stops > 0 or self.bad.too_many()
 
+    def at(self, phase: str) -> None:
+        """Where this rank is, for the watchdog. All ranks come to the same places."""
+        self.watch.at(self.step, phase)
+
     def due(self, every: int) -> bool:
         return self.step % every == 0
 
     def train_step(self, pixels: list[PixelBatch]) -> dict[str, Tensor]:
         """One update of every phase; returns this rank's share of the step's metrics."""
+        self.at("encode")
         batches = [encode(p, self.encoders, self.random) for p in pixels]
         metrics: dict[str, Tensor] = {}
         for phase in self.objective.phases:
@@ -137,12 +158,14 @@ class Trainer:
 
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
         optimizer = self.optimizers[phase]
+        self.at(f"{phase} forward and backward")
         optimizer.zero()
         metrics: dict[str, Tensor] = {}
         for batch in batches:
             loss = self.objective.loss(phase, batch, self.random)
             loss.value.backward()
             metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        self.at(f"{phase} update")
         norm = optimizer.clip()
         # The one wait for the device in a step: a bad update must be stopped before it is made.
         if not torch.isfinite(norm):
@@ -201,7 +224,7 @@ class Trainer:
         """All tensors of a checkpoint. This list is the whole of it."""
         modules = self.objective.modules
         return {
-            "modules": {role: dict(m.named_parameters()) for role, m in modules.items()},
+            "modules": {role: {n: plain(p) for n, p in m.named_parameters()} for role, m in modules.items()},
             "optimizers": {phase: optimizer.state() for phase, optimizer in self.optimizers.items()},
             "ema": self.ema.average if self.ema is not None else {},
         }
@@ -214,10 +237,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
         record = checkpoint.read_record(path)
-        state = self.state()
-        checkpoint.load(path, state)  # modules and EMA are filled in place
-        for phase, optimizer in self.optimizers.items():
-            optimizer.load(state["optimizers"][phase])
+        checkpoint.load(path, self.state())  # fills modules, optimizers and EMA in place
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
         self.position = Position(record["position"]["window"], record["position"]["pack"], legs)
         self.step = record["step"]

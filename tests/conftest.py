@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU paths, on GPU machines too
+if os.environ.get("KONTEXT_TRAIN_TEST_GPU") != "1":  # set it for tests/gpu alone
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of the CPU paths, on GPU machines too
 
 from pathlib import Path
 

@@ -74,14 +74,19 @@ def run(config: TrainConfig, processes: int = 1) -> None:
 
 
 def in_processes(processes: int, function: Callable[..., None], *arguments: object) -> None:
-    port = _free_port()
-    ranks = [fork(_as_rank, rank, processes, port, function, arguments) for rank in range(processes)]
+    ranks = start(processes, function, *arguments)
     for process in ranks:
         process.join(timeout=240)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
     assert codes == [0] * processes, f"exit codes of the ranks: {codes}"
+
+
+def start(processes: int, function: Callable[..., None], *arguments: object) -> list[BaseProcess]:
+    """Forked ranks, as torchrun would tell them."""
+    port = _free_port()
+    return [fork(_as_rank, rank, processes, port, function, arguments) for rank in range(processes)]
 
 
 def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:

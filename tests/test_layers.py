@@ -15,9 +15,9 @@ ORDER = [
     {"objectives"},
     {"training"},
     {"trainer"},
-    {"evaluation"},
+    {"evaluation", "estimation"},
     {"config"},
-    {"train", "sample", "export"},
+    {"train", "sample", "export", "estimate"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py"]

@@ -106,7 +106,7 @@ class Step(Sequence[Pack]):
 def plan_digest(mixture: Mixture, config: DataConfig, seed: int) -> str:
     """Names a plan: runs of equal digest, and of one model, see the same samples in the same packs."""
     sources = [
-        (s.name, s.index.digest, str(s.share), s.transform.decides_size(), s.prompt_dropout, s.context_dropout)
+        (s.key, s.index.digest, str(s.share), s.transform.decides_size(), s.prompt_dropout, s.context_dropout)
         for s in mixture.sources
     ]
     tokens = (mixture.txt_tokens, config.tokens_per_pack, config.window_samples)

@@ -14,11 +14,11 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from kontext_train.data.config import SourceConfig
+from kontext_train.data.config import Crop, DataConfig, SourceConfig, StorageConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.order import permuted
 from kontext_train.data.transforms import Transform
-from kontext_train.errors import ConfigError
+from kontext_train.errors import ConfigError, StorageError
 from kontext_train.models.sequence import SampleShape
 from kontext_train.randomness import key_of
 
@@ -31,7 +31,7 @@ CHUNK = 1 << 20  # samples looked at together when all must be
 class Source:
     """One dataset of a run. share: of the samples of a window, above 0; the shares of all sources sum to 1."""
 
-    name: str
+    key: str  # of its folder in the configuration, for errors
     index: ShardIndex
     share: Fraction
     transform: Transform
@@ -39,13 +39,13 @@ class Source:
     context_dropout: float
 
     @classmethod
-    def of(cls, name: str, config: SourceConfig, index: ShardIndex, share: Fraction, transform: Transform) -> "Source":
+    def of(cls, key: str, config: SourceConfig, index: ShardIndex, share: Fraction, transform: Transform) -> "Source":
         """config: with nothing left open, as DataConfig.of_sources gives it. transform: of all, but for max_pixels."""
         assert config.max_pixels is not None
         assert config.prompt_dropout is not None
         assert config.context_dropout is not None
         transform = replace(transform, max_pixels=config.max_pixels)
-        return cls(name, index, share, transform, config.prompt_dropout, config.context_dropout)
+        return cls(key, index, share, transform, config.prompt_dropout, config.context_dropout)
 
     def grid(self, hw: npt.NDArray[np.int32]) -> Ints:
         """[..., 2] rows and columns of tokens of images, by the same rule that the reader crops with."""
@@ -136,16 +136,41 @@ class Mixture:
                 tokens = self.txt_tokens + target + context
                 longest = int(tokens.argmax())
                 if tokens[longest] > tokens_per_pack:
-                    where = f"sample {first + longest} of {source.name}"
+                    where = f"sample {first + longest} of {source.key}"
                     rule = f"must hold the largest sample: {where} has {tokens[longest]} tokens"
                     raise ConfigError("data.tokens_per_pack", tokens_per_pack, rule, "Raise it, or lower max_pixels")
 
 
-def check_one_kind(indexes: dict[str, ShardIndex]) -> None:
+def open_sources(config: DataConfig, pixels_per_token: int, seed: int) -> list[Source]:
+    """The training sources as configured. seed: the run's. Raises ConfigError by key."""
+    transform = Transform.of(config, pixels_per_token, seed)
+    given = config.of_sources()
+    key = "data.sources.{}.path" if config.sources else "data.train"
+    indexes = {name: _opened(key.format(name), source.path, config.storage) for name, source in given.items()}
+    _check_one_kind(indexes)
+    share = shares(given, {name: len(index) for name, index in indexes.items()})
+    return [Source.of(key.format(name), given[name], indexes[name], share[name], transform) for name in given]
+
+
+def open_validation(config: DataConfig, folder: str, pixels_per_token: int) -> Source:
+    """The samples of `data.validation`, which never change: cropped around the centre, nothing dropped."""
+    transform = replace(Transform.of(config, pixels_per_token, seed=0), crop=Crop.center)
+    index = _opened("data.validation", folder, config.storage)
+    return Source("data.validation", index, Fraction(1), transform, prompt_dropout=0.0, context_dropout=0.0)
+
+
+def _opened(key: str, folder: str, storage: StorageConfig) -> ShardIndex:
+    try:
+        return ShardIndex.open(folder, storage)
+    except (ValueError, StorageError) as error:
+        raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
+
+
+def _check_one_kind(indexes: dict[str, ShardIndex]) -> None:
     """ConfigError if a run, by name of source, would mix images and latents, or prompts encoded and not."""
     kinds = {name: _kind(index) for name, index in indexes.items()}
+    first = next(iter(kinds))
     for name, kind in kinds.items():
-        first = next(iter(kinds))
         if kind != kinds[first]:
             rule = f"holds {kind}, but data.sources.{first} {kinds[first]}: a pack takes samples of all sources"
             raise ConfigError(f"data.sources.{name}.path", indexes[name].folder, rule, "Encode all of them alike")

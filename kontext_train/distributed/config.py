@@ -26,12 +26,20 @@ class Reshard(Enum):
     never = "never"  # one gather a step instead of two, for the memory of a whole copy in param_dtype
 
 
+class Float8(Enum):
+    none = "none"
+    tensorwise = "tensorwise"  # one scale a tensor; weights are also gathered in float8
+    rowwise = "rowwise"  # a scale for each row and column: closer to bfloat16, weights are gathered in param_dtype
+    mxfp8 = "mxfp8"  # a scale for each 32 values, on Blackwell
+
+
 @dataclass(slots=True)
 class ParallelConfig:
     dp_replicate: int = 1  # copies of the sharded model (HSDP)
     dp_shard: int = -1  # ranks that share one copy and read packs of their own; -1 is all that are left
     cp: int = 1  # neighbouring ranks that share each packed sequence (Ulysses); they hold shards of the copy too
-    param_dtype: Precision = Precision.bfloat16  # gathered and computed in; master weights stay float32
+    master_dtype: Precision = Precision.float32  # of the sharded weights; bfloat16 needs optimizer.stochastic_rounding
+    param_dtype: Precision = Precision.bfloat16  # gathered and computed in
     reduce_dtype: Precision = Precision.float32
     reshard_after_forward: Reshard = Reshard.all_but_last
     prefetch_forward: int = 0  # blocks whose weights are gathered ahead of use; 0 leaves it to FSDP's streams: one
@@ -43,7 +51,10 @@ class ParallelConfig:
     # These three save the most arithmetic for their bytes: docs/parallel.md
     keep_outputs: list[str] = field(default_factory=lambda: ["attention", "mlp.2", "linear2"])
     compile: bool = False  # compile each kind of block once
-    timeout_s: int = 600  # a collective that waits longer ends the run
+    float8: Float8 = Float8.none  # of the blocks' matrix products, by torchao: pip install kontext-train[float8]
+    float8_min_features: int = 2048  # smaller sides of a matrix do not pay on an H100
+    float8_emulate: bool = False  # compute in float32 what float8 would give, anywhere and slowly: for tests
+    timeout_s: int = 600  # a rank that keeps others waiting longer ends the run
 
     def __post_init__(self) -> None:
         for key, least in (("dp_replicate", 1), ("cp", 1), ("prefetch_forward", 0), ("prefetch_backward", 0)):
@@ -52,8 +63,27 @@ class ParallelConfig:
         if self.dp_shard < 1 and self.dp_shard != -1:
             rule = "must be at least 1, or -1 for all ranks left"
             raise ConfigError("parallel.dp_shard", self.dp_shard, rule, "Use -1")
+        if self.float8_min_features < 1:
+            given = self.float8_min_features
+            raise ConfigError("parallel.float8_min_features", given, "must be at least 1", "Use 2048")
+        if self.float8_emulate and self.float8 is Float8.none:
+            rule = "emulates parallel.float8, which is none"
+            raise ConfigError("parallel.float8_emulate", True, rule, "Set parallel.float8=tensorwise")
+        if self.float8 is Float8.tensorwise and self.cpu_offload:
+            rule = "needs its scales where the weights are gathered, and cpu_offload keeps both in host memory"
+            raise ConfigError("parallel.float8", "tensorwise", rule, "Use rowwise, or cpu_offload=false")
         if self.timeout_s < 1:
             raise ConfigError("parallel.timeout_s", self.timeout_s, "must be at least 1", "600 is ten minutes")
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How often a rank tells where it is."""
+        return min(5.0, self.timeout_s / 20)
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """When torch gives a collective up: later than the watchdog, which knows which rank is to blame."""
+        return self.timeout_s + 4 * self.heartbeat_s
 
     def mesh_shape(self, world_size: int) -> tuple[int, int, int]:
         """(dp_replicate, dp_shard, cp); ConfigError unless their product is the world size."""

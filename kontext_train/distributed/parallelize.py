@@ -11,6 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from kontext_train.distributed.activation import check_keep_outputs, checkpointed
 from kontext_train.distributed.config import Checkpointing, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.float8 import convert
+from kontext_train.distributed.recompiles import GRAPHS_PER_FUNCTION, explained
 
 
 class HasBlocks(Protocol):
@@ -26,12 +28,15 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, stat
     static_tokens: a length that sequences (nearly) always have, for which compiled blocks are specialised; any other
     length shares one more graph. Raises ConfigError for a parallel.keep_outputs that fits no layer.
     """
+    if config.master_dtype is Precision.bfloat16:
+        model.to(torch.bfloat16)
+    convert(model, config)
     blocks = list(cast(HasBlocks, model).blocks())
     if config.activation_checkpointing is Checkpointing.selective:
         check_keep_outputs(blocks, config)
     for block in blocks:
         forward = checkpointed(block.forward, block, config)
-        block.forward = _compiled(forward, static_tokens) if config.compile else forward
+        block.forward = _compiled(forward, type(block).__name__, static_tokens) if config.compile else forward
     shard(model, mesh, config, compute_dtype=config.param_dtype)
 
 
@@ -81,13 +86,14 @@ def _prefetch(blocks: list[FSDPModule], config: ParallelConfig) -> None:
             block.set_modules_to_backward_prefetch(blocks[max(0, i - config.prefetch_backward) : i][::-1])
 
 
-def _compiled(forward: Callable[..., Any], static_tokens: int | None) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], name: str, static_tokens: int | None) -> Callable[..., Any]:
     """A block's forward, compiled with symbolic lengths: the split between text and image changes from pack to pack.
 
     The function is compiled, not the module, so that FSDP's hooks stay outside; blocks of one kind share its code and
     with it one graph. A checkpoint inside of it is compiled with it.
     """
-    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
+    compiled = explained(torch.compile(forward, fullgraph=True, dynamic=True), name)
 
     def run(*inputs: Any) -> Any:
         for tensor in _tensors(inputs):

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from kontext_train.distributed.config import ParallelConfig
 
@@ -46,16 +47,31 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
+    timeout = timedelta(seconds=config.collective_timeout_s)
+    store, rank, size = _meeting_point(timeout) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         replicate, shard, cp = config.mesh_shape(dist.get_world_size())
         mesh = init_device_mesh(device.type, (replicate, shard * cp), mesh_dim_names=("dp_replicate", "dp_shard"))
+        _set_timeouts(mesh, timeout)
         cp_group = None
         if cp > 1:
             by_sequence = init_device_mesh(device.type, (replicate * shard, cp), mesh_dim_names=("dp", "cp"))
+            _set_timeouts(by_sequence, timeout)
             cp_group = by_sequence["cp"].get_group()
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh, cp_group, cp)
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """(store, rank, world size). torchrun keeps its store when it restarts ranks, with addresses of those that died."""
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
+
+
+def _set_timeouts(mesh: DeviceMesh, timeout: timedelta) -> None:
+    """The groups of a mesh have torch's default, ten or thirty minutes, whatever the whole world's group was given."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)

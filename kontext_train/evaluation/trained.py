@@ -17,7 +17,7 @@ from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
-from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention
+from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention, usable_backend
 from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.weights import load
@@ -100,11 +100,10 @@ def load_trained(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve(path)
     config = read_config(path)
-    attention = attention_function(
-        AttentionBackend.auto, device
-    )  # whatever this machine has, not the one it trained on
-    model = load_model(path, config, ema, attention)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    head_dim = section(FluxConfig, config["model"]).head_dim
+    backend = usable_backend(AttentionBackend.auto, device, dtype, head_dim)  # this machine's, not the training's
+    model = load_model(path, config, ema, attention_function(backend))
     encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))
     side = encoders_config.pixels_per_token()
     return Trained(

@@ -10,9 +10,14 @@ from kontext_train.errors import ConfigError
 
 
 class AttentionBackend(Enum):
-    auto = "auto"  # cpu on a CPU, torch_varlen on a GPU
-    cpu = "cpu"
-    torch_varlen = "torch_varlen"
+    auto = "auto"  # the fastest that is installed and runs here: attention.py says in which order
+    flash_attention_4 = "flash_attention_4"  # Hopper, Blackwell: pip install flash-attn-4
+    flash_attention_3 = "flash_attention_3"  # Hopper: the package that brings flash_attn_interface
+    flash_attention_2 = "flash_attention_2"  # Ampere and newer: pip install flash-attn
+    torch_varlen = "torch_varlen"  # FlashAttention-2 inside torch
+    cudnn = "cudnn"  # one call for each run of segments of equal length
+    sdpa = "sdpa"  # torch's memory-efficient kernel: any NVIDIA GPU, float32 too
+    cpu = "cpu"  # torch's SDPA on a CPU
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ from kontext_train.models.layers import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    Modulation,
     SingleStreamBlock,
-    reorder,
+    join,
     rope,
     sinusoidal_embedding,
 )
@@ -43,6 +44,12 @@ class Flux(nn.Module):
         """The repeated parts: what is sharded, checkpointed and compiled one by one."""
         yield from self.double_blocks
         yield from self.single_blocks
+
+    def token_linears(self) -> Iterator[nn.Linear]:
+        """The blocks' linears that multiply every token. Modulation's multiply a vector a sample."""
+        modules = [module for block in self.blocks() for module in block.modules()]
+        of_samples = {id(module.lin) for module in modules if isinstance(module, Modulation)}
+        yield from (m for m in modules if isinstance(m, nn.Linear) and id(m) not in of_samples)
 
     def forward(
         self,
@@ -72,7 +79,7 @@ class Flux(nn.Module):
         angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
         for block in self.double_blocks:
             img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
-        x_ND = reorder(torch.cat([txt_TD, img_ID]), layout.joint_N, layout.stream_N)
+        x_ND = join(txt_TD, img_ID, layout)
         for block in self.single_blocks:
             x_ND = block(x_ND, vec_SD, angles, layout)
         x_MD = x_ND.index_select(0, layout.target_in_joint_M)

@@ -30,8 +30,13 @@ def rope(ids_N3: Tensor, axes_dim: list[int], theta: int) -> Rope:
 def apply_rope(x_NHC: Tensor, angles: Rope) -> Tensor:
     """Rotate neighbouring pairs of channels by each token's angles (Su et al. 2021, arXiv 2104.09864, eq. 34)."""
     cos, sin = angles
-    even, odd = x_NHC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_NHC.dtype)
+    pairs = x_NHC.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # fuses this, and has no code for complex numbers
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:  # one pass instead of seven
+        rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return rotated.flatten(-2).to(x_NHC.dtype)
 
 
 def sinusoidal_embedding(t_S: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -92,18 +97,40 @@ class _ToTokens(torch.autograd.Function):
         return (samples_S1 == owner_N).to(grads[0].dtype) @ grads[0], None
 
 
-class _Reorder(torch.autograd.Function):
-    """x[order] for a permutation, whose derivative is the inverse permutation and adds nothing up."""
+class _Join(torch.autograd.Function):
+    """Rows of two streams to their places in joint order: each is moved once, and back once for the derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N)
-        return x[order_N]
+    def forward(ctx: Any, txt_TX: Tensor, img_IX: Tensor, stream_N: Tensor) -> Tensor:
+        ctx.save_for_backward(stream_N)
+        ctx.txt_tokens = len(txt_TX)
+        joint_NX = txt_TX.new_empty(len(stream_N), *txt_TX.shape[1:])
+        joint_NX[stream_N[: ctx.txt_tokens]] = txt_TX
+        joint_NX[stream_N[ctx.txt_tokens :]] = img_IX
+        return joint_NX
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (stream_N,) = ctx.saved_tensors
+        return grads[0][stream_N[: ctx.txt_tokens]], grads[0][stream_N[ctx.txt_tokens :]], None
+
+
+class _Part(torch.autograd.Function):
+    """The inverse of _Join."""
+
+    @staticmethod
+    def forward(ctx: Any, joint_NX: Tensor, stream_N: Tensor, txt_tokens: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(stream_N)
+        return joint_NX[stream_N[:txt_tokens]], joint_NX[stream_N[txt_tokens:]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_N,) = ctx.saved_tensors
-        return grads[0][inverse_N], None, None
+        (stream_N,) = ctx.saved_tensors
+        txt_TX, img_IX = grads
+        joint_NX = txt_TX.new_empty(len(stream_N), *txt_TX.shape[1:])
+        joint_NX[stream_N[: len(txt_TX)]] = txt_TX
+        joint_NX[stream_N[len(txt_TX) :]] = img_IX
+        return joint_NX, None, None
 
 
 def to_tokens(x_SD: Tensor, owner_N: Tensor) -> Tensor:
@@ -113,11 +140,17 @@ def to_tokens(x_SD: Tensor, owner_N: Tensor) -> Tensor:
     return tokens_ND
 
 
-def reorder(x: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-    """x[order_N], where order_N and inverse_N are inverse permutations of the first dimension."""
-    ordered = _Reorder.apply(x, order_N, inverse_N)
-    assert isinstance(ordered, Tensor)
-    return ordered
+def join(txt_TX: Tensor, img_IX: Tensor, layout: SequenceLayout) -> Tensor:
+    """[N, ...]: both streams in joint order."""
+    joint_NX = _Join.apply(txt_TX, img_IX, layout.stream_N)
+    assert isinstance(joint_NX, Tensor)
+    return joint_NX
+
+
+def part(joint_NX: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Joint order to (text, image): the inverse of `join`."""
+    txt_TX, img_IX = _Part.apply(joint_NX, layout.stream_N, layout.txt_tokens)
+    return txt_TX, img_IX
 
 
 class Modulation(nn.Module):
@@ -183,14 +216,11 @@ class DoubleStreamBlock(nn.Module):
 
         img_qkv = self.img_attn.project_qkv(modulated_norm(img_ID, shift_i1, scale_i1))
         txt_qkv = self.txt_attn.project_qkv(modulated_norm(txt_TD, shift_t1, scale_t1))
-        q, k, v = (
-            reorder(torch.cat(pair), layout.joint_N, layout.stream_N) for pair in zip(txt_qkv, img_qkv, strict=True)
-        )
+        q, k, v = (join(txt, img, layout) for txt, img in zip(txt_qkv, img_qkv, strict=True))
         attended_NHC = self.attention(
             apply_rope(q, angles), apply_rope(k, angles), v, layout.cu_seqlens, layout.max_seqlen
         )
-        attended_ND = reorder(attended_NHC.flatten(1), layout.stream_N, layout.joint_N)
-        txt_attended, img_attended = attended_ND.split([len(txt_TD), len(img_ID)])
+        txt_attended, img_attended = part(attended_NHC.flatten(1), layout)
 
         img_ID = torch.addcmul(img_ID, gate_i1, self.img_attn.proj(img_attended))
         img_ID = torch.addcmul(img_ID, gate_i2, self.img_mlp(modulated_norm(img_ID, shift_i2, scale_i2)))
@@ -205,7 +235,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, attention: AttentionFunction) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.splits = [3 * config.hidden_size, config.mlp_hidden]
+        self.splits = [*[config.hidden_size] * 3, config.mlp_hidden]  # q, k, v, MLP
         self.linear1 = nn.Linear(config.hidden_size, sum(self.splits))
         self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
@@ -214,8 +244,8 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x_ND: Tensor, vec_SD: Tensor, angles: Rope, layout: SequenceLayout) -> Tensor:
         shift, scale, gate = self.modulation(vec_SD, layout.sample_of_joint_N)
-        qkv, mlp = self.linear1(modulated_norm(x_ND, shift, scale)).split(self.splits, dim=-1)
-        q, k, v = rearrange(qkv, "n (three h c) -> three n h c", three=3, h=self.num_heads)
+        *qkv, mlp = self.linear1(modulated_norm(x_ND, shift, scale)).split(self.splits, dim=-1)
+        q, k, v = (rearrange(x, "n (h c) -> n h c", h=self.num_heads) for x in qkv)
         q, k = self.norm(q, k)
         attended_NHC = self.attention(
             apply_rope(q, angles), apply_rope(k, angles), v, layout.cu_seqlens, layout.max_seqlen

@@ -104,7 +104,7 @@ def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
 def _what_decides_tensors(config: dict[str, Any]) -> dict[str, Any]:
     model = {f"model.{k}": v for k, v in config["model"].items() if k not in ("attention", "init")}
     averaged = {"ema.half_life_images > 0": config["ema"]["half_life_images"] > 0}
-    return model | averaged | {"optimizer.name": config["optimizer"]["name"]}
+    return model | averaged | {f"optimizer.{k}": config["optimizer"][k] for k in ("name", "moments")}
 
 
 def load(path: Path, state: dict[str, Any]) -> None:

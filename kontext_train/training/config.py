@@ -13,6 +13,11 @@ class OptimizerName(Enum):
     muon = "muon"  # Muon for the matrices of the blocks, AdamW for the rest
 
 
+class MomentDtype(Enum):
+    float32 = "float32"
+    int8 = "int8"  # codes of a dynamic 8-bit type, with a scale for each 256 values
+
+
 class ScheduleName(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -35,6 +40,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     muon_lr: float = 2e-3
     muon_momentum: float = 0.95
+    moments: MomentDtype = MomentDtype.float32  # of AdamW
+    stochastic_rounding: bool = False  # of weights kept in bfloat16: parallel.master_dtype=bfloat16 needs it
 
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "max_grad_norm", "muon_lr"):
@@ -50,6 +57,9 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{key}", getattr(self, key), rule, "For example 0.95")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError("optimizer.weight_decay", self.weight_decay, "must not be negative", "0 is no decay")
+        if self.moments is MomentDtype.int8 and self.name is OptimizerName.muon:
+            rule = "is for AdamW, and Muon has one momentum, which its orthogonalisation needs finer"
+            raise ConfigError("optimizer.moments", "int8", rule, "Use optimizer.name=adamw, or moments=float32")
 
 
 @dataclass(slots=True)

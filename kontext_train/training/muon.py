@@ -1,39 +1,68 @@
-"""Muon on sharded matrices (Jordan et al. 2024): torch's own arithmetic, with each matrix gathered once.
+"""Muon on sharded matrices (Jordan et al. 2024): torch's own arithmetic, with each matrix made orthogonal on one rank.
 
 torch.optim.Muon runs on sharded tensors too, but redistributes them at every product of its iteration: hundreds of
-collectives for a few matrices. Here the momentum stays sharded and only the update is gathered.
+collectives for a few matrices. Here the momentum stays sharded. Matrices are taken in rounds of as many as there are
+ranks that share a copy: one exchange brings each rank a whole matrix, it is made orthogonal there, and one exchange
+takes the result back. Sorted by cost, the matrices of a round are alike, so that no rank waits long.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
+
+from kontext_train.distributed.float8 import plain
+from kontext_train.training.rounding import StochasticRounding, local
 
 
 class Muon(Optimizer):
     """Same update as torch.optim.Muon (Nesterov momentum, five Newton-Schulz steps, its "original" lr adjustment)."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, rounding: StochasticRounding
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.rounding = rounding
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["momentum"], group["weight_decay"])
+            matrices = [(number, p) for number, p in enumerate(group["params"]) if p.grad is not None]
+            matrices.sort(key=lambda item: _cost(item[1]), reverse=True)  # stable: the same order on every rank
+            group_of_ranks = _sharing(matrices[0][1]) if matrices else None
+            ranks = dist.get_world_size(group_of_ranks) if group_of_ranks is not None else 1
+            for first in range(0, len(matrices), ranks):
+                self._round(matrices[first : first + ranks], group["lr"], group["momentum"], group["weight_decay"])
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _round(self, matrices: list[tuple[int, Tensor]], lr: float, momentum: float, weight_decay: float) -> None:
+        """Update as many matrices as there are ranks, the i-th of them made orthogonal on rank i."""
+        parameters = [parameter for _, parameter in matrices]
+        changes = _orthogonalised_together([self._momentum(p, momentum) for p in parameters], parameters, lr)
+        for (number, parameter), change in zip(matrices, changes, strict=True):
+            weight, state = local(plain(parameter)), self.state[parameter]
+            value = (weight.float() * (1 - lr * weight_decay)).add_(change)
+            self.rounding.store(weight, value, "muon", int(state["step"]), number)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """This rank's part of the Nesterov momentum, after this step's gradient has been added to the buffer."""
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, buffer = _local(parameter.grad), _local(state["momentum_buffer"])
+        if not state:
+            zeros = torch.zeros_like(plain(parameter), dtype=torch.float32)
+            state |= {"step": torch.tensor(0.0), "momentum_buffer": zeros}
+        state["step"] += 1
+        assert parameter.grad is not None
+        gradient, buffer = local(parameter.grad).float(), local(state["momentum_buffer"])
         buffer.lerp_(gradient, 1 - momentum)
-        change = _orthogonalised(_full(torch.lerp(gradient, buffer, momentum), parameter), lr)
-        _local(parameter).mul_(1 - lr * weight_decay).add_(_part(change, parameter))
+        return torch.lerp(gradient, buffer, momentum)
+
+
+def _cost(matrix: Tensor) -> int:
+    """Newton-Schulz multiplies the matrix by its smaller square."""
+    return matrix.numel() * min(matrix.shape)
 
 
 def _orthogonalised(momentum: Tensor, lr: float) -> Tensor:
@@ -44,22 +73,47 @@ def _orthogonalised(momentum: Tensor, lr: float) -> Tensor:
     return change.detach()
 
 
-def _local(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _orthogonalised_together(parts: list[Tensor], parameters: Sequence[Tensor], lr: float) -> list[Tensor]:
+    """This rank's parts of the changes, for its `parts` of the momenta of at most as many matrices as ranks share them.
+
+    Momenta travel in bfloat16, to which torch's Muon casts them first of all, so nothing is lost.
+    """
+    group = _sharing(parameters[0])
+    if group is None:
+        return [_orthogonalised(part, lr) for part in parts]
+    assert all(_sharing(p) == group for p in parameters), "all matrices must be sharded over the same ranks"
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    mine = parameters[rank] if rank < len(parameters) else None  # the matrix that this rank makes orthogonal
+    sizes = [part.numel() for part in parts] + [0] * (ranks - len(parts))  # what this rank has of each rank's matrix
+    sizes_of_mine = [0 if mine is None else _rows(mine, r, ranks) * mine.shape[1] for r in range(ranks)]
+
+    change = _exchange(torch.cat([part.flatten().bfloat16() for part in parts]), sizes, sizes_of_mine, group).float()
+    if mine is not None:
+        change = _orthogonalised(change.view(mine.shape), lr).flatten()
+    changes = _exchange(change, sizes_of_mine, sizes, group).split(sizes)
+    return [flat.view_as(part) for flat, part in zip(changes, parts, strict=False)]
 
 
-def _full(local: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor that is sharded like `like`."""
-    if not isinstance(like, DTensor):
-        return local
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(local, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor()
+def _exchange(sent: Tensor, to_each: list[int], from_each: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = sent.new_empty(sum(from_each))
+    dist.all_to_all_single(received, sent, from_each, to_each, group)
+    return received
 
 
-def _part(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor, of `like`'s dtype."""
-    full = full.to(like.dtype)
-    if not isinstance(like, DTensor):
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+def _sharing(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that share one copy of a parameter, or None if each has it whole."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    sharded = [d for d, placement in enumerate(parameter.placements) if placement.is_shard() and mesh.size(d) > 1]
+    if not sharded:
+        return None
+    (dimension,) = sharded
+    assert parameter.placements[dimension] == Shard(0), "FSDP shards rows"
+    return mesh.get_group(dimension)
+
+
+def _rows(parameter: Tensor, rank: int, ranks: int) -> int:
+    """Rows of a parameter on a rank: equal chunks, of which the last may be shorter or empty."""
+    chunk = -(-len(parameter) // ranks)
+    return min(max(len(parameter) - rank * chunk, 0), chunk)

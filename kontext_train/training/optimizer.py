@@ -1,20 +1,24 @@
 """Optimizers over a sharded model: AdamW, or Muon for the matrices of the blocks with AdamW for the rest."""
 
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import AdamW, Optimizer
 
+from kontext_train.distributed.float8 import refresh_scales
 from kontext_train.distributed.parallelize import HasBlocks
-from kontext_train.training.config import OptimizerConfig, OptimizerName
+from kontext_train.training.compact_adamw import CompactAdamW
+from kontext_train.training.config import MomentDtype, OptimizerConfig, OptimizerName
 from kontext_train.training.muon import Muon
+from kontext_train.training.rounding import StochasticRounding
 
 
 class PhaseOptimizer:
     """One phase's turn: clip, then update with a share of the peak rate. All its rates come from the config alone."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, seed: int) -> None:
         self.model, self.config = model, config
         matrices, rest = _share_out(model, config.name)
         groups = [
@@ -22,25 +26,20 @@ class PhaseOptimizer:
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [g for g in groups if g["params"]]
-        self.optimizers: list[Optimizer] = [
-            AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True),
-        ]
+        rounding = StochasticRounding(seed, rest[0].device)
+        int8 = config.moments is MomentDtype.int8
+        kind = partial(CompactAdamW, int8=int8, rounding=rounding) if int8 or config.stochastic_rounding else _fused
+        self.optimizers: list[Optimizer] = [kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)]
         if matrices:
-            self.optimizers.append(
-                Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
-            )
+            self.optimizers.append(Muon(matrices, config.muon_lr, config.muon_momentum, config.weight_decay, rounding))
 
     def state(self) -> dict[str, Any]:
-        """States of all optimizers, sharded, by parameter name."""
-        return get_optimizer_state_dict(self.model, self.optimizers)
+        """States of all optimizers, sharded, by parameter name.
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over momenta; options stay as this run's config has them."""
-        options = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in self.optimizers]
-        set_optimizer_state_dict(self.model, self.optimizers, state)
-        for optimizer, groups in zip(self.optimizers, options, strict=True):
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update(values)
+        The tensors are the optimizers' own: what is read into them in place is taken over. Options are not; they stay
+        as this run's config has them.
+        """
+        return get_optimizer_state_dict(self.model, self.optimizers)
 
     def zero(self) -> None:
         for parameter in self.model.parameters():
@@ -58,6 +57,10 @@ class PhaseOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_factor
             optimizer.step()
+        refresh_scales(self.model)
+
+
+_fused = partial(AdamW, fused=True)
 
 
 def _share_out(model: nn.Module, name: OptimizerName) -> tuple[list[Tensor], list[Tensor]]:

@@ -65,6 +65,10 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("data.prompt_dropout=1.5", r"data\.prompt_dropout=1\.5: is a probability"),
         ("parallel.dp_shard=0", r"parallel\.dp_shard=0"),
         ("parallel.timeout_s=0", r"parallel\.timeout_s=0"),
+        ("parallel.float8_emulate=true", r"parallel\.float8_emulate=True: emulates parallel\.float8, which is none"),
+        ("optimizer={name: muon, moments: int8}", r"optimizer\.moments='int8': is for AdamW"),
+        ("parallel={float8: tensorwise, cpu_offload: true}", r"parallel\.float8='tensorwise': needs its scales where"),
+        ("parallel.float8_min_features=0", r"parallel\.float8_min_features=0: must be at least 1"),
         ("optimizer.lr=nan", r"optimizer\.lr=nan"),
         ("optimizer.betas=[0.9,1.5]", r"optimizer\.betas=.*1\.5.*must be at least 0 and below 1"),
         ("schedule.final_factor=-3", r"schedule\.final_factor=-3"),
@@ -93,6 +97,16 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
         ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
         ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
+        (
+            "parallel.master_dtype=bfloat16",
+            1,
+            r"parallel\.master_dtype='bfloat16': rounds to nearest, .*stochastic_rounding=true",
+        ),
+        (
+            "optimizer.stochastic_rounding=true",
+            1,
+            r"optimizer\.stochastic_rounding=True: is of weights kept in bfloat16",
+        ),
         ("parallel.dp_replicate=3", 4, r"dp_shard, cp=\(3, -1, 1\): dp_replicate x cp = 3 must divide the 4 processes"),
         ("+data.sources.web.path=/nowhere", 1, r"data\.sources\.web\.path='/nowhere': must be a folder"),
         ("+data.sources.web={path: /, max_pixels: 99}", 1, r"data\.sources\.web\.max_pixels=99: must hold at least"),
@@ -119,6 +133,12 @@ def test_sources_come_from_a_recipe_and_from_the_command_line() -> None:
         compose_config("data=mixture", *paths, "+data.sources.more.weight=1", "data.train=x")
     with pytest.raises(ConfigError, match=r"data\.sources\.more=.*but data\.sources\.edits has a weight"):
         compose_config("data=mixture", *paths)
+
+
+def test_int8_moments_are_not_kept_in_host_memory(shards: Path, tmp_path: Path) -> None:
+    config = small_config(shards, tmp_path, "optimizer.moments=int8", "parallel.cpu_offload=true")
+    with pytest.raises(ConfigError, match=r"optimizer\.moments='int8': saves GPU memory"):
+        check(config, 1)
 
 
 def test_what_only_the_shards_know_is_refused_by_key(

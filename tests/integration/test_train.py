@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchao.float8  # noqa: F401 - once, and not in every forked run
 
 from kontext_train.config import TrainConfig
 from kontext_train.data.batch import PixelBatch
@@ -39,6 +40,7 @@ def losses(run_dir: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r]
 
 
+BFLOAT16_WEIGHTS = ("parallel.master_dtype=bfloat16", "optimizer.stochastic_rounding=true")
 TEN_STEPS = ("run.steps=10", "ema.half_life_images=50")
 
 
@@ -164,6 +166,30 @@ def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: 
     run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, "optimizer.weight_decay=50"))
     assert largest_difference(weights(tmp_path / "same"), weights(tmp_path / "a")) == 0
     assert largest_difference(weights(tmp_path / "decayed"), weights(tmp_path / "a")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("parallel.float8=tensorwise", *BFLOAT16_WEIGHTS, "optimizer.moments=int8"),
+        ("parallel.float8=rowwise", *BFLOAT16_WEIGHTS, "optimizer.name=muon"),
+    ],
+    ids=["tensorwise-adamw-int8", "rowwise-muon"],
+)
+def test_lean_runs_resume_bitwise(shards: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Nothing of float8 is in a checkpoint, and rounding depends on the step alone."""
+    sizes = ("model.hidden_size=64", "model.axes_dim=[8,12,12]")  # rows of 256 in one matrix, for 8-bit moments
+    emulated = ("parallel.float8_emulate=true", "parallel.float8_min_features=16")
+    common = ("run.steps=4", "run.save_every_steps=2", "ema.half_life_images=50", *sizes, *emulated, *options)
+    run(small_config(shards, tmp_path / "straight", *common), processes=2)
+    start = tmp_path / "straight" / "checkpoints" / "step_00000002"
+    run(small_config(shards, tmp_path / "resumed", *common, f"run.resume={start}"), processes=2)
+    assert checkpoint.read_record(resolve(tmp_path / "resumed"))["step"] == 4
+    for ema in (False, True):
+        ours, expected = weights(tmp_path / "resumed", ema), weights(tmp_path / "straight", ema)
+        assert largest_difference(ours, expected) == 0
+    before = dict(load_model(start, read_config(start), ema=False).named_parameters())
+    assert largest_difference(before, expected) > 1e-4
 
 
 def test_weights_that_stay_gathered_survive_validation(shards: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kontext_train.training.ema import EMA
 from kontext_train.training.metrics import draw_loss, read_metrics
 from kontext_train.training.muon import Muon
 from kontext_train.training.optimizer import PhaseOptimizer
+from kontext_train.training.rounding import StochasticRounding
 from kontext_train.training.schedule import lr_factor
 from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_sample
 
@@ -36,7 +37,8 @@ def test_muon_equals_torchs() -> None:
     weights = [torch.randn(24, 16), torch.randn(8, 40)]
     ours = [nn.Parameter(w.clone()) for w in weights]
     theirs = [nn.Parameter(w.clone()) for w in weights]
-    a = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1)
+    rounding = StochasticRounding(0, torch.device("cpu"))
+    a = Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1, rounding=rounding)
     b = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1)
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
@@ -53,7 +55,7 @@ def test_muon_equals_torchs() -> None:
 def test_optimizers_share_out_every_parameter_once(name: str, expected: int) -> None:
     model = random_flux()
     config = OptimizerConfig(name=OptimizerName(name), weight_decay=0.1)
-    optimizers = PhaseOptimizer(model, config).optimizers
+    optimizers = PhaseOptimizer(model, config, seed=0).optimizers
     assert len(optimizers) == expected
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -64,7 +66,7 @@ def test_optimizers_share_out_every_parameter_once(name: str, expected: int) -> 
 def test_adamw_follows_torchs_and_the_schedule_scales_it() -> None:
     model, reference = nn.Linear(4, 4), nn.Linear(4, 4)
     reference.load_state_dict(model.state_dict())
-    ours = PhaseOptimizer(model, OptimizerConfig(lr=1e-2))
+    ours = PhaseOptimizer(model, OptimizerConfig(lr=1e-2), seed=0)
     theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2 * 0.5, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(3):
         for m in (model, reference):
@@ -79,7 +81,7 @@ def test_clipping_is_by_global_norm() -> None:
     model = nn.Linear(4, 4)
     for p in model.parameters():
         p.grad = torch.full_like(p, 3.0)
-    norm = PhaseOptimizer(model, OptimizerConfig(max_grad_norm=1.0)).clip()
+    norm = PhaseOptimizer(model, OptimizerConfig(max_grad_norm=1.0), seed=0).clip()
     assert norm.item() == pytest.approx(3 * math.sqrt(20))
     assert torch.cat(
         [p.grad.flatten() for p in model.parameters() if p.grad is not None]

@@ -1,0 +1,247 @@
+"""From a run's options and a cluster to what one GPU will hold, receive and compute in a step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from kontext_train.distributed.config import Checkpointing, Float8, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.float8 import converted_linears
+from kontext_train.errors import ConfigError
+from kontext_train.estimation import encoders as released
+from kontext_train.estimation.config import ClusterConfig
+from kontext_train.estimation.gpus import DATA_SHEETS
+from kontext_train.estimation.memory import GIB, Group, Memory, Moment, Network, Role, Sharding, held, largest, moments
+from kontext_train.estimation.packs import RELEASED_PIXELS_PER_TOKEN, TokenMix
+from kontext_train.estimation.roofline import StepTime, Work, step_time
+from kontext_train.estimation.simulation import Parts, fused_attention, trace_parts
+from kontext_train.estimation.traffic import Collective, collectives
+from kontext_train.models.attention import AttentionFunction
+from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig
+from kontext_train.models.flux import Flux
+from kontext_train.training.config import MomentDtype, OptimizerConfig, OptimizerName
+
+BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
+
+
+@dataclass(slots=True)
+class Setup:
+    """The options of a run that decide what it costs, and its packs."""
+
+    model: FluxConfig
+    encoders: EncodersConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    ema: bool
+    microbatches: int  # packs that each rank accumulates before an update
+    mix: TokenMix
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one step on one GPU."""
+
+    peak: Moment
+    host: float  # bytes in the memory of the host, for each GPU
+    collectives: tuple[Collective, ...]
+    useful_flops: float  # three times forward
+    computed_flops: float  # recomputation included
+    recomputed_flops: float  # of the blocks, by activation checkpointing
+    kept: tuple[int, int]  # bytes that a double-stream and a single-stream block keep for backward
+    time: StepTime
+    fits: bool
+    free: float  # bytes left beside the reserve; negative if it does not fit
+    samples_per_s: float  # on one GPU
+    mfu: float
+
+
+def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
+    """parts: what `traced` gave for this setup."""
+    gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
+    network = network_of(setup.model, parallel, cluster.world, parts)
+    sharding = sharding_of(setup.model, parallel, cluster.world)
+    everything = held(roles(setup, network, sharding), parts.batch)
+    base = _without_offloaded(everything) if parallel.cpu_offload else everything
+    peak = largest([_encoding(setup, base), *moments(base, network, sharding, setup.microbatches > 1)])
+    sent = (
+        *collectives(network, sharding, parallel.cp, setup.microbatches),
+        *_optimizer_collectives(setup, network, sharding),
+    )
+    work = _work(setup, parts, everything)
+    if work.float8_flops and gpu.float8_tflops is None:
+        raise ConfigError("parallel.float8", parallel.float8.value, f"has no units on an {cluster.gpu.value}", "none")
+    time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
+    useful = 3 * setup.mix.forward_flops * setup.microbatches / parallel.cp
+    free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
+    return Estimate(
+        peak=peak,
+        host=everything.total - base.total,
+        collectives=sent,
+        useful_flops=useful,
+        computed_flops=work.matrix_flops + work.float8_flops + work.attention_flops,
+        recomputed_flops=_recomputed(setup, parts) * setup.microbatches,
+        kept=(parts.double.kept, parts.single.kept),
+        time=time,
+        fits=free >= 0,
+        free=free,
+        samples_per_s=setup.mix.samples * setup.microbatches / parallel.cp / time.total,
+        mfu=useful / time.total / (gpu.bfloat16_tflops * 1e12),
+    )
+
+
+def _recomputed(setup: Setup, parts: Parts) -> float:
+    """A backward pass costs twice its forward pass; what it costs beyond that is forward again."""
+    double, single = (p.backward_flops - 2 * p.forward_flops for p in (parts.double, parts.single))
+    return setup.model.depth * double + setup.model.depth_single_blocks * single
+
+
+def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:
+    """Seconds of work, which does not depend on the cluster."""
+    return trace_parts(setup.model, setup.mix.largest, setup.parallel, attention, setup.mix.pad_to)
+
+
+def with_checkpointing(setup: Setup, policy: Checkpointing) -> Setup:
+    return replace(setup, parallel=replace(setup.parallel, activation_checkpointing=policy))
+
+
+def network_of(model: FluxConfig, parallel: ParallelConfig, world: int, parts: Parts) -> Network:
+    """Parameters of each group that FSDP gathers, padded as it pads them, with what computing with them costs."""
+    _, shard, cp = parallel.mesh_shape(world)
+
+    def padded(module: nn.Module) -> int:
+        return sum(-(-len(p) // (shard * cp)) * shard * cp * (p.numel() // len(p)) for p in module.parameters())
+
+    network = _meta(model)
+    double, single = padded(network.double_blocks[0]), padded(network.single_blocks[0])
+    blocks = (Group("double", double, parts.double),) * model.depth
+    blocks += (Group("single", single, parts.single),) * model.depth_single_blocks
+    ends = Group("ends", padded(network) - double - single, parts.ends)
+    return Network(ends, padded(network.final_layer), blocks)
+
+
+def sharding_of(model: FluxConfig, parallel: ParallelConfig, world: int) -> Sharding:
+    replicate, shard, cp = parallel.mesh_shape(world)
+    weight = BYTES[parallel.param_dtype]
+    in_float8 = _float8_share(model, parallel) if parallel.float8 is Float8.tensorwise else 0.0
+    return Sharding(
+        shards=shard * cp,
+        replicas=replicate,
+        weight_bytes=weight,
+        wire_bytes=weight - (weight - 1) * in_float8,
+        reduce_bytes=BYTES[parallel.reduce_dtype],
+        last_stays=parallel.reshard_after_forward is not Reshard.always,
+        all_stay=parallel.reshard_after_forward is Reshard.never,
+        ahead_forward=parallel.prefetch_forward,
+        ahead_backward=parallel.prefetch_backward or 1,
+    )
+
+
+def roles(setup: Setup, network: Network, sharding: Sharding) -> list[Role]:
+    """Every network of the run. A stage with a teacher has one more that is frozen."""
+    master = BYTES[setup.parallel.master_dtype]
+    student = Role(
+        "student",
+        network.elements,
+        weights=master,
+        gradients=master,
+        optimizer=_optimizer_bytes(setup.optimizer, network),
+        ema=4.0 if setup.ema else 0.0,
+        shards=sharding.shards,
+    )
+    size = 2 if setup.encoders.dtype is EncoderDtype.bfloat16 else 4
+    text, images = _encoder_elements(setup.encoders)
+    spread = sharding.shards if setup.parallel.shard_encoders else 1
+    return [student, Role("text encoders", text, size, shards=spread), Role("autoencoder", images, size)]
+
+
+def _optimizer_bytes(optimizer: OptimizerConfig, network: Network) -> float:
+    """For each element, on average."""
+    match optimizer.name, optimizer.moments:
+        case OptimizerName.adamw, MomentDtype.float32:
+            return 8.0
+        case OptimizerName.adamw, MomentDtype.int8:
+            return 2 * (1 + 4 / 256)  # codes, and a scale for each block of 256
+        case OptimizerName.muon, MomentDtype.float32:
+            return (8.0 * network.ends.elements + 4.0 * (network.elements - network.ends.elements)) / network.elements
+    raise AssertionError(optimizer)
+
+
+def _encoder_elements(config: EncodersConfig) -> tuple[int, int]:
+    """Parameters of (text encoders, autoencoder): of encoders.path, or of the released ones where none is given."""
+    if not config.path:
+        return released.T5_PARAMETERS + released.CLIP_PARAMETERS, released.AUTOENCODER_PARAMETERS
+    return _stored(config, "text_encoder") + _stored(config, "text_encoder_2"), _stored(config, "vae")
+
+
+def _stored(config: EncodersConfig, part: str) -> int:
+    files = sorted(Path(config.path, part).glob("*.safetensors"))
+    if not files:
+        rule = f"must be a folder in the layout of the released FLUX.1 repositories, but {part}/ has no safetensors"
+        raise ConfigError("encoders.path", config.path, rule, "Leave it empty to count the released encoders")
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            total += sum(torch.Size(opened.get_slice(name).get_shape()).numel() for name in opened.keys())  # noqa: SIM118
+    return total
+
+
+def _encoding(setup: Setup, base: Memory) -> Moment:
+    """Gradients of the step before are still there while targets are encoded, then contexts."""
+    shapes = setup.mix.largest
+    tokens = max(sum(s.target_tokens for s in shapes), sum(s.context_tokens for s in shapes))
+    pixels = tokens * RELEASED_PIXELS_PER_TOKEN**2
+    size = 1 if setup.encoders.dtype is EncoderDtype.bfloat16 else 2
+    return Moment("encoding", replace(base, activations=size * pixels * released.AUTOENCODER_PEAK_BYTES_PER_PIXEL))
+
+
+def _without_offloaded(memory: Memory) -> Memory:
+    return replace(memory, parameters=0.0, gradients=0.0, optimizer=0.0, ema=0.0)
+
+
+def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
+    model, packs = setup.model, setup.microbatches
+    costs = [(parts.double, model.depth), (parts.single, model.depth_single_blocks), (parts.ends, 1)]
+    flops = sum(n * (c.forward_flops + c.backward_flops) for c, n in costs)
+    attention = sum(n * c.attention_flops for c, n in costs)
+    in_blocks = flops - attention - parts.ends.forward_flops - parts.ends.backward_flops
+    in_float8 = in_blocks if setup.parallel.float8 is not Float8.none else 0
+    pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2
+    encoding = released.encoding_flops(len(setup.mix.largest), setup.encoders.t5_tokens, pixels)
+    state = memory.parameters + memory.optimizer + memory.ema  # read and written; gradients also for their norm
+    return Work(
+        matrix_flops=packs * (flops - attention - in_float8),
+        float8_flops=packs * in_float8,
+        attention_flops=packs * attention,
+        encoder_flops=packs * encoding,
+        elementwise_bytes=packs * sum(n * c.traffic for c, n in costs),
+        optimizer_bytes=2 * state + 3 * memory.gradients,
+    )
+
+
+def _optimizer_collectives(setup: Setup, network: Network, sharding: Sharding) -> Iterator[Collective]:
+    """Muon brings each matrix to one rank in bfloat16, and its change back in float32."""
+    if setup.optimizer.name is OptimizerName.muon and sharding.shards > 1:
+        local = (network.elements - network.ends.elements) / sharding.shards
+        yield Collective("all-to-all of Muon", sharding.shards, 1, (2 + 4) * local, hidden=False)
+
+
+def _float8_share(model: FluxConfig, parallel: ParallelConfig) -> float:
+    """Share of all parameters that are weights of products in float8."""
+    network = _meta(model)
+    names = converted_linears(network, parallel)
+    sizes = {name: network.get_parameter(f"{name}.weight").numel() for name in names}
+    double = sum(n for name, n in sizes.items() if name.startswith("double_blocks."))
+    single = sum(n for name, n in sizes.items() if name.startswith("single_blocks."))
+    blocks = [sum(p.numel() for p in b.parameters()) for b in network.blocks()]
+    whole = sum(p.numel() for p in network.parameters()) - sum(blocks)
+    whole += model.depth * blocks[0] + model.depth_single_blocks * blocks[1]
+    return (model.depth * double + model.depth_single_blocks * single) / whole
+
+
+def _meta(model: FluxConfig) -> Flux:
+    """One block of each kind."""
+    with torch.device("meta"):
+        return Flux(replace(model, depth=1, depth_single_blocks=1))

@@ -1,0 +1,89 @@
+"""What a user of kontext-estimate sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from kontext_train.config import typed
+from kontext_train.errors import ConfigError
+from kontext_train.estimate import EstimateConfig, estimated
+from tests.runs import ENCODERS
+
+TINY = ["model=tiny", "model.hidden_size=64", "model.num_heads=2", "model.axes_dim=[8,12,12]"]
+
+
+def composed(*overrides: str) -> EstimateConfig:
+    with initialize_config_module("kontext_train.conf", version_base="1.3"):
+        config = typed(compose("estimate", overrides=list(overrides)))
+    assert isinstance(config, EstimateConfig)
+    return config
+
+
+def kontext_estimate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kontext_train.estimate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_config_and_a_cluster_give_a_table_and_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = kontext_estimate(*TINY, "world=16", "parallel.dp_replicate=2", "parallel.activation_checkpointing=full")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A prediction, not a measurement. 16 x h100, 8 a node")
+    lines = {line.strip().split("  ")[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "[full]" in lines["memory of one GPU, GiB"]
+    assert lines["fits"].split()[1:] == ["yes", "yes", "yes"]
+    sources = ("parameters, sharded", "activations", "computed TFLOP", "MFU", "all-gather", "all-reduce")
+    words = ("formula", "traced", "traced", "roofline", "formula", "formula")
+    assert all(word in lines[source] for source, word in zip(sources, words, strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_and_a_simulation(shards: Path) -> None:
+    text = estimated(
+        composed(
+            *TINY,
+            f"data.train={shards}",
+            f"encoders.path={ENCODERS}",
+            "encoders.t5_tokens=12",
+            "data.tokens_per_pack=128",
+            "world=4",
+            "simulate=true",
+        )
+    )
+    assert f"first steps of {shards}" in text
+    assert "all-gather of 4 ranks, GB" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("world=0", r"world=0: must be at least 1"),
+        ("world=12", r"world=12: must be whole nodes of gpus_per_node=8"),
+        ("parallel.dp_shard=3", r"dp_replicate, dp_shard, cp=\(1, 3, 1\)"),
+        ("parallel.cp=5", r"parallel\.dp_replicate, dp_shard, cp"),
+        ("parallel.cp=8", r"parallel\.cp=8: must divide model\.num_heads=2"),
+        ("assume.matmul=1.5", r"assume\.matmul=1\.5: is a share"),
+        ("sample.contexts=-1", r"sample\.contexts=-1: must be at least 0"),
+        ("data.tokens_per_pack=100", r"data\.tokens_per_pack=100: must hold the typical sample"),
+        ("+assume.mfu=1", r"assume\.mfu=1: is no option"),
+        ("data.train=/nowhere", r"data\.train='/nowhere': must be a folder of indexed shards"),
+    ],
+)
+def test_refused_by_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        estimated(composed(*TINY, override))
+
+
+def test_a_refusal_is_one_line_and_status_2() -> None:
+    done = kontext_estimate("world=12")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("kontext-estimate: world=12")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, kontext_train.estimate; print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "set()"
