@@ -1,6 +1,6 @@
 """The plan against three other ways to batch: FLOP balance, padding, predicted step time, speed of planning.
 
-    python -m benchmarks.packing               # some minutes; prints the table, writes packing.json beside this file
+    python -m benchmarks.packing               # some minutes; prints the table, writes benchmarks/results/packing.json
     python -m benchmarks.packing --budgets 32768 --ranks 8 64
 
 The workload: three resolutions (256², 512², 1024²), seven aspect ratios, 0 to 3 context images each with an aspect
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--window-samples", type=int, default=65_536)
     parser.add_argument("--windows", type=int, default=8, help="how many are planned")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("packing.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/packing.json"))
     options = parser.parse_args()
     print(HEADER)
     found = []

@@ -63,7 +63,9 @@ def register_schemas() -> None:
 
 def typed(composed: DictConfig) -> TrainConfig:
     """The one merge from Hydra's tree to dataclasses; each of them checks its own values."""
-    _refuse_added_keys(composed, TrainConfig, "")
+    kind = OmegaConf.get_type(composed)
+    assert kind is not None
+    _refuse_added_keys(composed, kind, "")
     for name, given in composed.data.sources.items():
         composed.data.sources[name] = _typed_source(f"data.sources.{name}", given)
     config = OmegaConf.to_object(composed)

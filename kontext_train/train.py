@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> None:
             rule = f"but data.validation holds {len(its_source.index)} samples"
             raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
         held_out = planned([its_source], holes=False)
-        sources.append(its_source)
+        sources = [*sources, its_source]
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
     needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)

@@ -67,7 +67,7 @@ class Mixture:
     """The sources of a run as one list of samples. Looks at an index only where it is asked about a sample."""
 
     def __init__(self, sources: Sequence[Source], txt_tokens: int) -> None:
-        self.sources, self.txt_tokens = sources, txt_tokens
+        self.sources, self.txt_tokens = tuple(sources), txt_tokens
         self.first_row = np.cumsum([0, *(len(source.index) for source in sources)])
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kontext_train.data.config import Crop, DataConfig, Resize
 from kontext_train.data.shard import IMAGE_FORMATS, upright_hw
@@ -122,6 +122,8 @@ class Transform:
                 return self._pixels(image, centering, expected_hw)
         except OtherSize:
             raise
+        except UnidentifiedImageError as error:  # its message is the address of `file` in memory
+            raise ValueError("cannot be decoded (not a PNG, JPEG or WebP image)") from error
         except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
             raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
