@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import tarfile
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
+
+from kontext_train.data.index_scan import end_with_parent
 
 SCRATCH = (
     ".done"  # in the growing folder: records of tasks, and what only the job itself needs. Not in the finished one
@@ -203,7 +204,9 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that die at once when the block is left by an error or Ctrl-C: their tasks are whole or not there."""
     others = set(multiprocessing.active_children())
     # spawn: a fork would copy threads' locks (pyarrow has threads) in whatever state they are.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
+    # SIG_DFL: Ctrl-C ends them without a traceback.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, end_with_parent, (signal.SIG_DFL,))
     try:
         yield pool
     except BaseException:
@@ -212,16 +215,3 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """In a process of the pool: Ctrl-C ends it without a traceback, and so does its parent's end, even by kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -110,7 +110,8 @@ def scan_all(scans: Sequence[Scan], *, done: int, workers: int, storage: Storage
             return
         # fork: starting costs nothing, and the pool starts all its processes before it starts any thread.
         fork = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(workers, len(scans)), fork, initializer=_end_with_parent) as pool:
+        # SIG_IGN: Ctrl-C is the parent's to handle.
+        with ProcessPoolExecutor(min(workers, len(scans)), fork, end_with_parent, (signal.SIG_IGN,)) as pool:
             try:
                 for _ in pool.map(_scan, scans, settings):
                     bar.update()
@@ -119,9 +120,9 @@ def scan_all(scans: Sequence[Scan], *, done: int, workers: int, storage: Storage
                 raise StorageError(f"a process that scans shards was killed, {hint}") from error
 
 
-def _end_with_parent() -> None:
-    """Ctrl-C is the parent's to handle; and a worker whose parent was killed would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent(on_interrupt: signal.Handlers) -> None:
+    """In a process of a pool: what Ctrl-C does; and an end with its parent's, for else it would wait for ever."""
+    signal.signal(signal.SIGINT, on_interrupt)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
