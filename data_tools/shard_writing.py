@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from kontext_train.data.index_scan import end_with_parent
+from kontext_train.data.processes import end_with_parent
 
 SCRATCH = (
     ".done"  # in the growing folder: records of tasks, and what only the job itself needs. Not in the finished one
@@ -178,7 +178,8 @@ def _worked(
     with _pool(processes) as pool:
         try:
             for task in tasks:
-                running[pool.submit(work, task.given)] = task
+                with _interrupts_held():
+                    running[pool.submit(work, task.given)] = task
                 if len(running) >= 2 * processes:
                     yield from _first_done(running)
             while running:
@@ -197,6 +198,16 @@ def _first_done(running: dict[Future[dict[str, Any]], Task]) -> list[tuple[Task,
     for future in done:
         del running[future]
     return results
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A process that `submit` starts inherits this: Ctrl-C while it still imports waits for `end_with_parent`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager

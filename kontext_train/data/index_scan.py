@@ -7,9 +7,7 @@ finished.
 
 import hashlib
 import multiprocessing
-import os
 import signal
-import threading
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from kontext_train.data.config import StorageConfig, is_url
 from kontext_train.data.index_file import Columns, map_index, write_index
+from kontext_train.data.processes import end_with_parent
 from kontext_train.data.shard import Problem, ScannedSample, scan_shard
 from kontext_train.data.storage import ShardBytes, ShardFile, shard_bytes
 from kontext_train.errors import StorageError
@@ -118,19 +117,6 @@ def scan_all(scans: Sequence[Scan], *, done: int, workers: int, storage: Storage
             except BrokenProcessPool as error:
                 hint = "perhaps for its memory. Run it again, with fewer processes: it goes on where it was"
                 raise StorageError(f"a process that scans shards was killed, {hint}") from error
-
-
-def end_with_parent(on_interrupt: signal.Handlers) -> None:
-    """In a process of a pool: what Ctrl-C does; and an end with its parent's, for else it would wait for ever."""
-    signal.signal(signal.SIGINT, on_interrupt)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _scan(scan: Scan, storage: StorageConfig) -> None:
