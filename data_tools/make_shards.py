@@ -1,20 +1,22 @@
-"""Packs image files and a table of pairs into indexed shards, the form that training reads."""
+"""Packs images and a table of samples into indexed shards, the form that training reads."""
 
 import argparse
-import csv
+import hashlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset import ShardWriter
-
+from data_tools import tables
+from data_tools.command import add_out, add_processes, at_least, command_parser, exit_status
+from data_tools.rows import CONTEXT_DEFAULTS, BadRow, Columns, check_columns, sample_members
+from data_tools.shard_writing import Task, growing_folder, remove_others, replacing, run_tasks, write_shard
+from data_tools.tables import Chunk, Table
 from kontext_train.data.index import IndexReport, build_index
-from kontext_train.data.shard import IMAGE_SUFFIXES, parse_sample_json, read_image_hw
 
 _EXAMPLES = """the table, as CSV (context images separated by ';', none for text-to-image):
   target,prompt,context,source
@@ -25,208 +27,204 @@ _EXAMPLES = """the table, as CSV (context images separated by ';', none for text
 or as JSON Lines (context a list, or a string as in CSV):
   {"target": "after/1.png", "prompt": "make the car red", "context": ["before/1.png"], "source": "studio"}
 
-examples:
-  python -m data_tools.make_shards --images photos --table pairs.csv --out /data/edits
-  python -m data_tools.make_shards --images photos --table pairs.jsonl --out /data/edits --samples-per-shard 4000
+or as Parquet, whose image columns hold paths, bytes, or structs of both as Hugging Face datasets write them.
 
-Image files are stored byte for byte. Other columns become metadata of the sample. Sample keys are row numbers, from 0.
-DIR of --out must not exist or be empty; it appears when all shards are complete (format: docs/data_format.md)."""
+examples:
+  python -m data_tools.make_shards --table pairs.csv --images photos --out /data/edits
+  python -m data_tools.make_shards --table train-*.parquet --out /data/edits --target edited_image --context input_image
+  python -m data_tools.make_shards --table pairs.jsonl --images photos --out /data/edits --keep source --max-bad-rows 9
+  python -m data_tools.make_shards --imagefolder cats/train --out /data/cats --prompt text
+  python -m data_tools.make_shards --instruct-pix2pix clip-filtered-dataset --out /data/ip2p --samples-per-shard 4000
+
+Images are stored byte for byte. Keys of samples are row numbers, from 0. --out appears when all shards are complete and
+indexed; until then .OUT.partial beside it grows, and the same command goes on from there if it was interrupted.
+Bad rows are told with number, column and reason, all of them in OUT.bad_rows.jsonl (format: docs/data_format.md)."""
 
 _SHOWN_ERRORS = 10
 
 
 @dataclass(slots=True)
-class _Row:
-    number: int  # of the data rows, from 1
-    images: dict[str, Path]  # member name, such as "target.png", to file
-    json: bytes
+class _Shard:
+    """What a process is given: rows that become the shard `path`, the first under key `first_key`."""
+
+    path: Path
+    chunk: Chunk
+    first_key: int
+    columns: Columns
 
 
-def make_shards(images: Path, table: Path, out: Path, *, samples_per_shard: int = 1000) -> IndexReport:
-    """Writes shards and their index to `out`. Every row is checked before the first shard is written.
+def make_shards(
+    sources: Sequence[Table],
+    out: Path,
+    columns: Columns | None = None,
+    *,
+    samples_per_shard: int = 1000,
+    max_bad_rows: int = 0,
+    processes: int = 1,
+) -> IndexReport:
+    """Writes shards and their index to `out`. What a killed run has done is in `.OUT.partial` and not done again.
 
     Args:
-        images: the folder that the paths in the table start from; they may not leave it.
-        table: .csv (UTF-8, with a header) or .jsonl, one sample a row: `target`, `prompt`, `context` and metadata.
+        sources: see `tables.table_files`, `tables.imagefolder` and `tables.instruct_pix2pix`.
         out: the new folder. It must not exist or be empty, and appears only when it is complete.
-        samples_per_shard: a shard is closed at this number of samples, or at 3 GB.
+        columns: by default those of `Columns`.
+        samples_per_shard: rows of one shard; one with bad rows has fewer samples.
+        max_bad_rows: so many bad rows are left out; they are listed in OUT.bad_rows.jsonl.
+        processes: how many pack shards at the same time. The shards are the same for any number.
 
     Raises:
-        ValueError: a bad argument, or bad rows; the message names row number, column, value, rule and what to do.
-        OSError: files could not be read or written. `out` is then as it was before.
+        ValueError: a bad argument, or too many bad rows; the message names row number, column, value, rule and what to
+            do, up to ten, and the report of all found. The job stops there; shards without bad rows are kept.
+        OSError: files could not be read or written.
     """
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
-    if not images.is_dir():
-        raise ValueError(f"images is {images}, which is not a folder. Give the one that the table's paths start from")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out is {out}, which exists and is not an empty folder. Remove it or give another one")
-    rows = _checked_rows(images, table)
-    out = Path(os.path.abspath(out))  # "." has no name to derive another from
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ValueError(
-            f"{partial} exists: another make_shards writes to {out}, or one was killed. Remove it if none is running"
-        ) from error
-    try:
-        _write_shards(partial, rows, samples_per_shard)
+    columns = columns or Columns()
+    for table in sources:
+        check_columns(table, columns)
+    total = sum(tables.count_rows(table) for table in sources)
+    if total == 0:
+        raise ValueError(f"table is {', '.join(str(table.path) for table in sources)}, which has no rows")
+    bad_rows_path = _bad_rows_path(out)
+    with growing_folder(out) as partial:
+        samples, bad_rows, names = 0, list[dict[str, Any]](), set[str]()
+        tasks = _tasks(sources, partial, columns, samples_per_shard)
+        results = run_tasks(
+            _pack, tasks, partial, processes=processes, total=total, label="make shards", is_final=_has_no_bad_rows
+        )
+        with closing(results):
+            for task, result in results:
+                names.add(task.name)
+                samples += result["samples"]
+                bad_rows += result["bad_rows"]
+                if len(bad_rows) > max_bad_rows:
+                    break
+        bad_rows.sort(key=lambda row: (row["table"], row["row"]))  # processes finish in any order
+        _report_bad_rows(bad_rows_path, bad_rows, max_bad_rows)
+        if samples == 0:
+            raise ValueError(f"all {total:,} rows are bad; see {bad_rows_path}")
+        remove_others(partial, names)
         report = build_index(partial)
-        if report.problems:  # the rows were good a moment ago
-            raise ValueError(f"an image in {images} changed while shards were made: {report.problems[0]}. Run it again")
-        os.replace(partial, out)  # shards and index in one step: a half-written folder never has this name
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if report.problems or report.samples != samples:
+            raise ValueError(f"{partial} was changed by something else while shards were made. Remove it, run again")
     return report
 
 
-def _write_shards(folder: Path, rows: Sequence[_Row], samples_per_shard: int) -> None:
-    # The writer formats its pattern with %, and a user's folder may have one in its name.
-    pattern = f"{os.path.abspath(folder)}/".replace("%", "%%") + "shard-%06d.tar"
-    # encoder=False: bytes go in as they are. mtime=0: the same rows make the same shards, bit for bit.
-    with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, encoder=False, mtime=0) as writer:
-        for row in rows:
-            members = {name: path.read_bytes() for name, path in row.images.items()}
-            writer.write({"__key__": f"{row.number - 1:08d}", "json": row.json, **members})
+def _tasks(sources: Sequence[Table], partial: Path, columns: Columns, samples_per_shard: int) -> Iterator[Task]:
+    number = first_key = 0
+    for table in sources:
+        for chunk in tables.chunks(table, samples_per_shard):
+            shard = _Shard(partial / f"shard-{number:06d}.tar", chunk, first_key, columns)
+            identity = json.dumps([chunk.digest(), first_key, asdict(columns)])
+            yield Task(shard.path.name, shard, hashlib.sha256(identity.encode()).hexdigest(), chunk.count)
+            number, first_key = number + 1, first_key + chunk.count
 
 
-def _checked_rows(images: Path, table: Path) -> list[_Row]:
-    """All rows of the table, their images opened and checked. Raises ValueError that lists the first bad rows."""
-    rows, errors = list[_Row](), list[str]()
-    for number, record in enumerate(_records(table), start=1):
-        try:
-            rows.append(_row(number, record, images))
-        except ValueError as error:
-            errors.append(f"{table}, row {number}: {error}")
-    if errors:
-        more = f"\n… and {len(errors) - _SHOWN_ERRORS} more bad rows" if len(errors) > _SHOWN_ERRORS else ""
-        raise ValueError("\n".join(errors[:_SHOWN_ERRORS]) + more)
-    if not rows:
-        raise ValueError(f"table is {table}, which has no rows. It needs one row a sample")
-    return rows
+def _has_no_bad_rows(result: dict[str, Any]) -> bool:
+    return not result["bad_rows"]  # a shard that has some is packed again: the user may have mended an image
 
 
-def _records(table: Path) -> Iterator[dict[str, Any] | ValueError]:
-    """The rows of a table as they are; a row that cannot be read is yielded as its error, so that others are seen."""
-    if not table.is_file():
-        raise ValueError(f"table is {table}, which is not a file. Give a .csv or .jsonl file")
-    try:
-        match table.suffix.lower():
-            case ".csv":
-                yield from _csv_records(table)
-            case ".jsonl":
-                yield from _jsonl_records(table)
-            case suffix:
-                raise ValueError(f"table is {table}; its suffix must be .csv or .jsonl, not {suffix!r}. Rename it")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{table} cannot be read as UTF-8 text in that format ({error}). Save it again as such"
-        ) from error
+def _report_bad_rows(path: Path, bad_rows: list[dict[str, Any]], max_bad_rows: int) -> None:
+    if not bad_rows:
+        path.unlink(missing_ok=True)  # of an earlier run
+        return
+    with replacing(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in bad_rows)
+    if len(bad_rows) > max_bad_rows:
+        lines = [f"{row['table']}, row {row['row']}: {row['reason']}" for row in bad_rows[:_SHOWN_ERRORS]]
+        if len(bad_rows) > _SHOWN_ERRORS:
+            lines.append(f"… and {len(bad_rows) - _SHOWN_ERRORS} more bad rows")
+        lines.append(f"more than max_bad_rows = {max_bad_rows} rows are bad; all that were found are in {path}")
+        raise ValueError("\n".join(lines))
 
 
-def _csv_records(table: Path) -> Iterator[dict[str, Any] | ValueError]:
-    with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets like to put a byte order mark first
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        for column in ("target", "prompt"):
-            if columns.count(column) != 1:
-                raise ValueError(f"{table}: columns are {columns}; exactly one must be {column!r}. Correct the header")
-        if len(set(columns)) != len(columns):
-            raise ValueError(f"{table}: columns are {columns}; two have one name. Rename one")
-        for record in reader:
-            if None in record or None in record.values():  # DictReader's marks for too many and too few
-                yield ValueError(f"it must have {len(columns)} values, one a column. Quote values that have commas")
-            else:
-                yield record
+def _pack(shard: _Shard) -> dict[str, Any]:
+    """Writes one shard of the good rows and returns how many there are, and the bad ones."""
+    bad_rows: list[dict[str, Any]] = []
 
-
-def _jsonl_records(table: Path) -> Iterator[dict[str, Any] | ValueError]:
-    with open(table, encoding="utf-8") as file:
-        for line in filter(str.strip, file):
+    def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for number, row in enumerate(shard.chunk.read()):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            wrong = ValueError(f"line is {line.strip()[:80]!r}; every line must be a JSON object. Correct it")
-            yield record if isinstance(record, dict) else wrong
+                yield f"{shard.first_key + number:08d}", sample_members(row, shard.chunk.table.images, shard.columns)
+            except ValueError as error:
+                column = error.column if isinstance(error, BadRow) else None
+                place = {"table": str(shard.chunk.table.path), "row": shard.chunk.first + number}
+                bad_rows.append({**place, "column": column, "reason": str(error)})
 
-
-def _row(number: int, record: dict[str, Any] | ValueError, images: Path) -> _Row:
-    """Checks one row. Raises ValueError that names column, value, rule and what to do."""
-    if isinstance(record, ValueError):
-        raise record
-    rest = {column: value for column, value in record.items() if column not in ("target", "context")}
-    if not isinstance(rest.get("prompt"), str):
-        raise ValueError(f"column prompt is {rest.get('prompt')!r}; it must be a string. Write '' for an empty prompt")
-    raw = json.dumps(rest).encode()
-    try:
-        parse_sample_json(raw)
-    except ValueError as error:
-        raise ValueError(f"column prompt is {rest['prompt']!r}; {error}. Correct the text") from error
-    members = {}
-    for name, column, value in [("target", "target", record.get("target")), *_contexts(record.get("context"))]:
-        path = _checked_image(images, column, value)
-        members[f"{name}.{path.suffix[1:].lower()}"] = path
-    return _Row(number, members, raw)
-
-
-def _contexts(value: Any) -> Iterator[tuple[str, str, Any]]:
-    """(member name, column, path) of each context image."""
-    match value:
-        case None | "":
-            return
-        case str():
-            paths: list[Any] = [path.strip() for path in value.split(";")]
-        case list():
-            paths = value
-        case _:
-            raise ValueError(f"column context is {value!r}; it must be a list of paths, or a string of paths with ';'")
-    for number, path in enumerate(paths):
-        yield f"context.{number}", "context", path
-
-
-def _checked_image(images: Path, column: str, value: Any) -> Path:
-    given = f"column {column} is {value!r}"
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{given}; it must be the path of an image. Fill it in")
-    path = Path(os.path.abspath(images / value))
-    if not path.is_relative_to(os.path.abspath(images)):
-        raise ValueError(f"{given}; it must stay inside {images}. Move the file there or give a higher --images folder")
-    if path.suffix[1:].lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{given}; it must end in {', '.join(IMAGE_SUFFIXES)}. Convert the image")
-    if not path.is_file():
-        raise ValueError(f"{given}; there is no such file in {images}. Correct the path or remove the row")
-    try:
-        with open(path, "rb") as file:
-            read_image_hw(file)
-    except ValueError as error:
-        raise ValueError(f"{given}; it is {error}. Replace the file or remove the row") from error
-    return path
+    count = write_shard(shard.path, samples())
+    if count == 0:
+        shard.path.unlink()
+    return {"samples": count, "bad_rows": bad_rows}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.make_shards",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser("make_shards", __doc__, _EXAMPLES)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--table", metavar="FILE", type=Path, nargs="+", help=".csv, .jsonl or .parquet, one sample a row"
     )
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="where the table's paths start from")
-    parser.add_argument("--table", metavar="FILE", type=Path, required=True, help=".csv or .jsonl, one sample a row")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--samples-per-shard", metavar="N", type=int, default=1000, help="(default: 1000)")
+    source.add_argument(
+        "--imagefolder", metavar="DIR", type=Path, help="Hugging Face's layout: metadata files name images"
+    )
+    source.add_argument("--instruct-pix2pix", metavar="DIR", type=Path, help="the set as its authors released it")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="where a table's paths start from (default: its folder)"
+    )
+    add_out(parser, "the folder of shards to make")
+    defaults = Columns()
+    for role, names in {"target": defaults.target, "prompt": defaults.prompt}.items():
+        text = f"column of the {role} (default: {' or '.join(names)}, the first that there is)"
+        parser.add_argument(f"--{role}", metavar="COLUMN", help=text)
+    text = f"column of context images; repeat it for more (default: {' or '.join(CONTEXT_DEFAULTS)})"
+    parser.add_argument("--context", metavar="COLUMN", action="append", default=[], help=text)
+    text = "column that goes into the sample's JSON, for filter_shards; repeat it for more (default: all that are left)"
+    parser.add_argument("--keep", metavar="COLUMN", action="append", help=text)
+    parser.add_argument("--samples-per-shard", metavar="N", type=at_least(1), default=1000, help="(default: 1000)")
+    parser.add_argument(
+        "--max-bad-rows", metavar="N", type=at_least(0), default=0, help="leave out so many bad rows (default: 0)"
+    )
+    add_processes(parser)
     arguments = parser.parse_args(argv)
-    try:
-        report = make_shards(
-            arguments.images, arguments.table, arguments.out, samples_per_shard=arguments.samples_per_shard
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.images is not None and arguments.table is None:
+        parser.error("--images goes with --table")
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.table is not None:
+        sources = tables.table_files(arguments.table, arguments.images)
+    elif arguments.imagefolder is not None:
+        sources = tables.imagefolder(arguments.imagefolder)
+    else:
+        sources = tables.instruct_pix2pix(arguments.instruct_pix2pix)
+    report = make_shards(
+        sources,
+        arguments.out,
+        _columns(arguments),
+        samples_per_shard=arguments.samples_per_shard,
+        max_bad_rows=arguments.max_bad_rows,
+        processes=arguments.processes,
+    )
     print(f"{arguments.out}: {report.samples:,} samples in {report.shards:,} shards, indexed")
+    bad_rows = _bad_rows_path(arguments.out)
+    if bad_rows.is_file():
+        print(f"{len(bad_rows.read_bytes().splitlines()):,} bad rows were left out: {bad_rows}")
     return 0
+
+
+def _columns(arguments: argparse.Namespace) -> Columns:
+    columns = Columns(context=tuple(arguments.context))
+    if arguments.target is not None:
+        columns.target = (arguments.target,)
+    if arguments.prompt is not None:
+        columns.prompt = (arguments.prompt,)
+    if arguments.keep is not None:
+        columns.keep = tuple(arguments.keep)
+    return columns
+
+
+def _bad_rows_path(out: Path) -> Path:
+    out = Path(os.path.abspath(out))  # "." has no name to derive another from
+    return out.with_name(f"{out.name}.bad_rows.jsonl")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@ Defaults stand in those dataclasses and nowhere else; `conf/` holds choices. Imp
 that `--help` and `--cfg job` answer at once.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from kontext_train.data.config import DataConfig
+from kontext_train.data.config import DataConfig, SourceConfig, is_url
 from kontext_train.distributed.config import ParallelConfig, Precision
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
@@ -62,24 +63,45 @@ def register_schemas() -> None:
 
 def typed(composed: DictConfig) -> TrainConfig:
     """The one merge from Hydra's tree to dataclasses; each of them checks its own values."""
-    _refuse_added_keys(composed, "")
+    kind = OmegaConf.get_type(composed)
+    assert kind is not None
+    _refuse_added_keys(composed, kind, "")
+    for name, given in composed.data.sources.items():
+        composed.data.sources[name] = _typed_source(f"data.sources.{name}", given)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, TrainConfig), type(config)
     return config
 
 
-def _refuse_added_keys(node: DictConfig, prefix: str) -> None:
+def _refuse_added_keys(node: DictConfig, kind: type, prefix: str) -> None:
     """Hydra's `+key=value` can add to a dataclass what it does not have; say so by dotted key."""
-    kind = OmegaConf.get_type(node)
-    assert kind is not None
     known = {f.name for f in fields(kind)}
     for key in map(str, node):
         if key not in known:
             rule = f"is no option. Known here: {', '.join(sorted(known))}"
-            raise ConfigError(f"{prefix}{key}", node[key], rule, "Check the spelling")
+            raise ConfigError(f"{prefix}{key}", node._get_node(key), rule, "Check the spelling")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
-            _refuse_added_keys(child, f"{prefix}{key}.")
+            inner = OmegaConf.get_type(child)
+            if inner is not None and is_dataclass(inner):
+                _refuse_added_keys(child, inner, f"{prefix}{key}.")
+
+
+def _typed_source(key: str, given: Any) -> DictConfig:
+    """Hydra cannot add to a dict of dataclasses, so the sources come untyped."""
+    if not isinstance(given, DictConfig):
+        hint = f"For example +{key}.path=SHARDS"
+        raise ConfigError(key, given, "must hold options of one source", hint)
+    _refuse_added_keys(given, SourceConfig, f"{key}.")
+    typed = OmegaConf.structured(SourceConfig)
+    for name in map(str, given):
+        try:
+            typed[name] = given[name]
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{key}.{name}", given[name], f"has the wrong type: {str(error).splitlines()[0]}", "Correct it"
+            ) from error
+    return typed
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -118,17 +140,23 @@ def check(config: TrainConfig, world_size: int) -> None:
     """All relations, and everything outside that a run needs. Raises ConfigError by dotted key."""
     check_relations(config, world_size)
     side = config.encoders.pixels_per_token()
-    if config.data.max_pixels < side**2:
-        rule = f"must hold at least one token of {side} x {side} pixels"
-        raise ConfigError("data.max_pixels", config.data.max_pixels, rule, "1048576 is one megapixel")
+    own_pixels = {f"data.sources.{name}.max_pixels": s.max_pixels for name, s in config.data.sources.items()}
+    for key, pixels in {"data.max_pixels": config.data.max_pixels, **own_pixels}.items():
+        if pixels is not None and pixels < side**2:
+            rule = f"must hold at least one token of {side} x {side} pixels"
+            raise ConfigError(key, pixels, rule, "1048576 is one megapixel")
     for key, size in config.encoders.token_sizes().items():
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
     if config.weights.student is not None and not Path(config.weights.student).exists():
         raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
-    for key, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if folder is not None and not (folder and Path(folder).is_dir()):
+    folders = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
+    folders = folders or {"data.train": config.data.train}
+    if config.data.validation is not None:
+        folders["data.validation"] = config.data.validation
+    for key, folder in folders.items():
+        if not (folder and (is_url(folder) or Path(folder).is_dir())):
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")
 
 

@@ -1,4 +1,4 @@
-"""The one way this package says that what a user gave cannot work."""
+"""How this package says that what a user gave cannot work, and that storage failed."""
 
 
 class ConfigError(ValueError):
@@ -8,3 +8,14 @@ class ConfigError(ValueError):
         """key: dotted config key; value: what was given; rule: what must hold; hint: what to do."""
         super().__init__(f"{key}={value!r}: {rule}. {hint}")
         self.key = key
+
+
+class StorageError(OSError):
+    """Storage failed for good, or a shard is not the one that was indexed. The message names the file or URL.
+
+    It takes one string and nothing else, so that a DataLoader worker can hand it to the parent unchanged.
+    """
+
+
+class MissingFile(StorageError, FileNotFoundError):
+    """A remote file is not there, or may not be seen."""

@@ -40,6 +40,7 @@ def generate(
     device: torch.device,
 ) -> list[Tensor]:
     """[3, H, W] uint8 images on the CPU. A request's result does not depend on its neighbours or on the batch."""
+    assert encoders.text is not None
     side = pixels_per_token
     contexts = [image for r in requests for image in r.contexts]
     shapes = [

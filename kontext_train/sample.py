@@ -98,7 +98,7 @@ def sample(config: SampleConfig) -> list[Path]:
     import torch
     from PIL import Image
 
-    from kontext_train.data.sample import load_image
+    from kontext_train.data.transforms import load_image
     from kontext_train.evaluation.trained import load_trained
     from kontext_train.generate import Request
 
@@ -107,7 +107,7 @@ def sample(config: SampleConfig) -> list[Path]:
     contexts = []
     for name in config.context:
         try:
-            contexts.append(torch.from_numpy(load_image(name, trained.max_pixels, side)).permute(2, 0, 1))
+            contexts.append(torch.from_numpy(load_image(name, trained.transform)).permute(2, 0, 1))
         except ValueError as error:
             raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
     default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)

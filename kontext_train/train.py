@@ -53,10 +53,10 @@ def train(config: TrainConfig) -> None:
     import torch
 
     from kontext_train.data.encode import load_encoders
-    from kontext_train.data.index import ShardIndex
+    from kontext_train.data.encoded import check_encoding
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
-    from kontext_train.data.plan import Planner, check_budget, plan_digest, sample_sizes
-    from kontext_train.data.sample import SampleReader
+    from kontext_train.data.plan import Planner, plan_digest
+    from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.parallelize import parallelize, shard
@@ -70,6 +70,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.objectives.build import build_objective
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
+    from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.ema import EMA
     from kontext_train.training.metrics import RunLog
     from kontext_train.training.optimizer import PhaseOptimizer
@@ -79,24 +80,29 @@ def train(config: TrainConfig) -> None:
     pixels_per_token = config.encoders.pixels_per_token()
     flops = forward_flops(config.model)
 
-    def source(key: str, folder: str) -> tuple[ShardIndex, Planner, PackReader]:
-        try:
-            index = ShardIndex.open(folder)
-        except ValueError as error:
-            raise ConfigError(key, folder, "must be a folder of indexed shards", str(error)) from error
-        sizes = sample_sizes(index, config.data.max_pixels, pixels_per_token, config.encoders.t5_tokens)
-        check_budget(sizes, config.data)
-        planner = Planner(sizes, config.data, config.run.seed, flops.by_tokens)
-        reader = SampleReader(index, config.data.max_pixels, pixels_per_token)
+    def planned(sources: list[Source], *, holes: bool) -> tuple[Planner, PackReader]:
+        for source in sources:
+            check_encoding(source.key, source.index, config.encoders, source.transform)
+        mixture = Mixture(sources, config.encoders.t5_tokens)
+        mixture.check_budget(config.data.tokens_per_pack)
+        planner = Planner(mixture, config.data, config.run.seed, flops.of_tokens)
         pad_to = config.data.tokens_per_pack if config.data.pad_packs else None
-        return index, planner, PackReader(reader, sizes, pad_to)
+        return planner, PackReader(mixture, holes=holes, pad_to=pad_to)
 
-    index, planner, reader = source("data.train", config.data.train)
-    held_out = source("data.validation", config.data.validation) if config.data.validation else None
-    if held_out is not None and config.validation.samples > len(held_out[0]):
-        rule = f"but data.validation holds {len(held_out[0])} samples"
-        raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
-    record = {"config": plain(config), "plan": plan_digest(index, planner.sizes, config.data, config.run.seed)}
+    sources = open_sources(config.data, pixels_per_token, config.run.seed)
+    planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
+    held_out = None
+    if config.data.validation:
+        its_source = open_validation(config.data, config.data.validation, pixels_per_token)
+        if config.validation.samples > len(its_source.index):
+            rule = f"but data.validation holds {len(its_source.index)} samples"
+            raise ConfigError("validation.samples", config.validation.samples, rule, "Lower it")
+        held_out = planned([its_source], holes=False)
+        sources = [*sources, its_source]
+    # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
+    all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
+    needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
+    record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
     check_hardware(config.parallel)
     backend = usable_backend(
@@ -120,8 +126,8 @@ def train(config: TrainConfig) -> None:
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
-        encoders = load_encoders(config.encoders, world.device)
-        if config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
+        encoders = load_encoders(config.encoders, world.device, text=needs_text)
+        if encoders.text is not None and config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
             shard(encoders.text, world.mesh, replace(config.parallel, reshard_after_forward=Reshard.always))
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
@@ -153,6 +159,7 @@ def train(config: TrainConfig) -> None:
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,
+            BadSamples(config.data.max_bad_fraction, folder, world.is_main),
             record,
         )
         if resume is not None:
@@ -170,9 +177,9 @@ def train(config: TrainConfig) -> None:
         )
         validation = None
         if held_out is not None:
-            _, its_planner, its_reader = held_out
+            its_planner, its_reader = held_out
             steps = its_planner.fixed(config.validation.samples, world.dp_size)
-            fixed = rank_packs(steps, world.dp_rank, microbatches=1)
+            fixed = rank_packs(steps, world.dp_rank, world.dp_size)
             pictured = its_planner.fixed(config.validation.pictures, 1) if config.validation.pictures else []
             validation = Validation(
                 [its_reader[pack] for pack in fixed],

@@ -16,13 +16,14 @@ from kontext_train.data.plan import Position
 from kontext_train.distributed.float8 import plain
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.recompiles import Recompiles
-from kontext_train.distributed.reduce import any_rank, sum_over_ranks
+from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
+from kontext_train.training.bad_samples import BadSamples
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
 from kontext_train.training.metrics import RunLog, peak_tflops
@@ -66,12 +67,13 @@ class Trainer:
         ema: EMA | None,
         encoders: Encoders,
         flops: ForwardFlops,
+        bad: BadSamples,
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
         self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
-        self.encoders, self.flops, self.record = encoders, flops, record
+        self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
@@ -104,7 +106,7 @@ class Trainer:
             self.count(window, pixels)
             log.advance()
             self.at("stop check")
-            stopping = any_rank(stop.name is not None)
+            stopping = self.agree_to_stop(stop, pixels)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
@@ -118,10 +120,21 @@ class Trainer:
                 self.at("save")
                 self.save()
             window.paused += time.perf_counter() - paused
+            if self.bad.too_many():
+                raise self.bad.error()
             if stopping and not last:
                 log.write(self.step, {"seconds": time.perf_counter() - window.started})
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
         log.write(self.step, {"seconds": time.perf_counter() - window.started})
+
+    def agree_to_stop(self, stop: StopRequest, pixels: list[PixelBatch]) -> bool:
+        """Whether a rank got a signal, or too many samples were bad: the same on every rank."""
+        own = [note for batch in pixels for note in batch.bad]
+        self.bad.seen += pixels[0].samples_in_step
+        stops, bad = sum_counts([stop.name is not None, len(own)])
+        if bad:
+            self.bad.note(self.step, own)
+        return stops > 0 or self.bad.too_many()
 
     def at(self, phase: str) -> None:
         """Where this rank is, for the watchdog. All ranks come to the same places."""
@@ -186,6 +199,7 @@ class Trainer:
         return losses | {
             "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
             "samples": float(window.samples),
+            "bad_samples": float(self.bad.count),
             "seconds": wall,
             "speed/samples_per_s": window.samples / seconds,
             "speed/tokens_per_s": total["tokens"] / seconds,
@@ -216,7 +230,8 @@ class Trainer:
         }
 
     def save(self) -> None:
-        record = self.record | {"step": self.step, "position": asdict(self.position)}
+        place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
+        record = self.record | place
         checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
 
     def load(self, path: Path) -> None:
@@ -224,5 +239,6 @@ class Trainer:
         record = checkpoint.read_record(path)
         checkpoint.load(path, self.state())  # fills modules, optimizers and EMA in place
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
-        self.position = Position(record["position"]["epoch"], record["position"]["window"], legs)
+        self.position = Position(record["position"]["window"], record["position"]["pack"], legs)
         self.step = record["step"]
+        self.bad.load(record["bad_samples"], self.step)

@@ -3,8 +3,9 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_module
 
 from kontext_train.config import TrainConfig, register_schemas, typed
+from kontext_train.data.index import ShardIndex
 from kontext_train.train import train
 
 ENCODERS = Path(__file__).parent.parent / "quickstart" / "encoders"
@@ -45,6 +47,25 @@ def compose_config(*overrides: str) -> TrainConfig:
 
 def small_config(shards: Path, run_dir: Path, *overrides: str) -> TrainConfig:
     return compose_config(*SMALL, f"data.train={shards}", f"run.dir={run_dir}", *overrides)
+
+
+def broken_copy(shards: Path, folder: Path, samples: Sequence[int]) -> Path:
+    """The shards with the target images of some samples overwritten, as a bad disk would: the index still fits."""
+    shutil.copytree(shards, folder)  # keeps times
+    index = ShardIndex.open(folder)
+    for i in samples:
+        where = index.location(i)
+        overwrite(where.shard, where.target.offset, bytes(where.target.size))
+    return folder
+
+
+def overwrite(path: Path, offset: int, raw: bytes) -> None:
+    """Size and time stay as they are."""
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(raw)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def run(config: TrainConfig, processes: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""From pixels and prompts to latents and text tokens, on the device that trains."""
+"""From pixels (or stored latents) and prompts to latents and text tokens, on the device that trains."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
+from kontext_train.data.encoded import StoredText
 from kontext_train.models.autoencoder import Autoencoder
 from kontext_train.models.config import EncodersConfig
 from kontext_train.models.kontext import Conditioning, tokens_from_latent
@@ -22,15 +23,16 @@ class Encoders:
     """The frozen encoders of a run."""
 
     autoencoder: Autoencoder
-    text: TextEncoders
+    text: TextEncoders | None  # None: every prompt comes encoded
     sample_latents: bool = True
 
 
-def load_encoders(config: EncodersConfig, device: torch.device) -> Encoders:
-    """The encoders of a folder in the released layout, frozen, on a device."""
+def load_encoders(config: EncodersConfig, device: torch.device, *, text: bool = True) -> Encoders:
+    """The encoders of a folder in the released layout, frozen, on a device. text: whether to load those of text."""
     dtype = getattr(torch, config.dtype.value)
     autoencoder = Autoencoder(Path(config.path) / "vae", dtype).to(device)
-    return Encoders(autoencoder, TextEncoders(config.path, config.t5_tokens, dtype).to(device), config.sample_latents)
+    text_encoders = TextEncoders(config.path, config.t5_tokens, dtype).to(device) if text else None
+    return Encoders(autoencoder, text_encoders, config.sample_latents)
 
 
 @torch.no_grad()
@@ -42,15 +44,23 @@ def encode(batch: PixelBatch, encoders: Encoders, random: VisitRandom) -> Packed
     places = [i for s in batch.layout.shapes for i in range(len(s.contexts))]
     visits = [(v << 8) + i for v, i in zip(owners, places, strict=True)]  # each context image draws its own noise
     context = image_tokens(batch.contexts, encoders.autoencoder, noise, visits, "context") if batch.contexts else []
-    cond = conditioning(batch.prompts, context, batch.layout, encoders, x_MC)
+    cond = conditioning(batch.prompts, context, batch.layout, encoders, x_MC, batch.text)
     return PackedBatch(x_MC, cond, batch.visits, batch.weight_S.to(x_MC.device), batch.keys)
 
 
 def conditioning(
-    prompts: Sequence[str], context_tokens: Sequence[Tensor], layout: SequenceLayout, encoders: Encoders, like: Tensor
+    prompts: Sequence[str],
+    context_tokens: Sequence[Tensor],
+    layout: SequenceLayout,
+    encoders: Encoders,
+    like: Tensor,
+    stored: StoredText | None = None,
 ) -> Conditioning:
-    """Text and context tokens of a pack. like: any [*, C] tensor of image tokens on the right device."""
-    txt_STE, vec_SP = encoders.text(prompts)
+    """Text and context tokens of a pack. like: any [*, C] tensor of image tokens on the right device.
+
+    stored: what the text encoders made of the prompts earlier.
+    """
+    txt_STE, vec_SP = _text(prompts, encoders.text, stored, like.device)
     return Conditioning(
         txt_TE=txt_STE.flatten(0, 1),
         vec_SP=vec_SP,
@@ -59,16 +69,44 @@ def conditioning(
     )
 
 
+def _text(
+    prompts: Sequence[str], encoders: TextEncoders | None, stored: StoredText | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """[S, L, E] and [S, P] float32."""
+    if stored is not None and stored.t5_LE is not None:
+        return stored.t5_LE.to(device).float(), stored.clip_P.to(device)
+    assert encoders is not None  # train.py loads them unless all text is stored
+    if stored is None:
+        return encoders(prompts)
+    return encoders(prompts, pooled=False)[0], stored.clip_P.to(device)
+
+
 def image_tokens(
     images: Sequence[Tensor], autoencoder: Autoencoder, random: VisitRandom | None, visits: Sequence[int], purpose: str
 ) -> list[Tensor]:
-    """[tokens, C] float32 for each [3, H, W] uint8 image. random: None takes the posterior's mean."""
-    latents = map_by_size(images, lambda stacked: torch.stack(autoencoder.encode(stacked), dim=1))
+    """[tokens, C] float32 for each image, [3, H, W] uint8 or stored moments [2, C, h, w].
+
+    random: None takes the posterior's mean.
+    """
+
+    def posterior(stacked: Tensor) -> Tensor:
+        return autoencoder.posterior(autoencoder.moments(stacked) if stacked.dtype == torch.uint8 else stacked)
+
+    latents = map_by_size(images, posterior)
     if random is None:
         return [tokens_from_latent(mean) for mean, _ in latents]
     noise = random.normal(f"autoencoder {purpose}", visits, [pair[0].numel() for pair in latents], 1)
     parts = noise.split([pair[0].numel() for pair in latents])
     return [tokens_from_latent(mean + std * n.view_as(mean)) for (mean, std), n in zip(latents, parts, strict=True)]
+
+
+def as_pixels(images: Sequence[Tensor], autoencoder: Autoencoder) -> list[Tensor]:
+    """[3, H, W] uint8 on the CPU of images of a batch, which stored moments are decoded to."""
+
+    def decoded(stacked: Tensor) -> Tensor:
+        return stacked if stacked.dtype == torch.uint8 else autoencoder.decode(autoencoder.posterior(stacked)[:, 0])
+
+    return [image.cpu() for image in map_by_size(images, decoded)]
 
 
 def map_by_size(images: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -1,219 +1,243 @@
-"""Which samples each rank packs at each step: a pure function of (index, seed, position, packs per step).
+"""Which samples each rank packs at each step: a pure function of (indexes, seed, position, packs per step).
 
-An epoch is one permutation of the samples, cut into *windows*. The samples of a window are dealt into packs of at most
-`tokens_per_pack` tokens and as equal as possible in FLOPs; a step takes one pack for every rank and microbatch. A
-window's samples do not depend on the number of ranks, so resuming at another world size re-plans what is left of the
-current window and nothing is lost or repeated.
+A run is a sequence of *windows* of samples (sources.py). Each is packed on its own (packing.py), into the same packs at
+every world size; all packs of all windows, one after the other, are the stream that steps take their packs from. The
+steps that begin in a window are planned together: packs of like cost share a step, so that no rank waits, and the steps
+come in random order, so that cost (and with it size) says nothing about time. The last of them is filled up from the
+next window. When the world size changes, the packs that are left are shared out anew: nothing is lost or repeated.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import overload
 
 import numpy as np
+import numpy.typing as npt
 
 from kontext_train.data.config import DataConfig
-from kontext_train.data.index import ShardIndex
-from kontext_train.data.sample import fit_size
-from kontext_train.errors import ConfigError
-from kontext_train.models.sequence import SampleShape
+from kontext_train.data.packing import pack
+from kontext_train.data.sources import Mixture
 from kontext_train.randomness import generator, key_of
 
-PLAN_VERSION = 1  # raise it whenever the same settings give other packs: runs in progress must not mix the two
-CostFunction = Callable[[np.ndarray], np.ndarray]  # tokens of samples -> their FLOPs, in any unit
+PLAN_VERSION = 2  # raise it whenever the same settings give other packs: runs in progress must not mix the two
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+CostFunction = Callable[[int, Ints, Ints], Ints]  # (text tokens, target tokens, context tokens) -> FLOPs
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where in the data a run stands: all that resume needs.
 
-    legs: (packs per step, steps taken) within the current window; more than one after a change of world size.
+    window: the window that the next steps begin in, or the last window of a run that is just beyond it.
+    pack: so many of its packs went to steps that began in an earlier window.
+    legs: (packs per step, steps taken) since then; more than one after a change of world size.
     """
 
-    epoch: int = 0
     window: int = 0
+    pack: int = 0
     legs: tuple[tuple[int, int], ...] = ()
-
-    def after_step(self, packs_per_step: int) -> "Position":
-        if self.legs and self.legs[-1][0] == packs_per_step:
-            return replace(self, legs=(*self.legs[:-1], (packs_per_step, self.legs[-1][1] + 1)))
-        return replace(self, legs=(*self.legs, (packs_per_step, 1)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
     """The samples of one forward pass. Arrays of one entry a sample."""
 
-    samples: np.ndarray  # row of the shard index
-    visits: np.ndarray  # epoch * samples of the dataset + sample: names this sight of the sample for all randomness
-    drop_prompt: np.ndarray  # bool
-    drop_context: np.ndarray  # bool
-    counts: np.ndarray  # bool; false for the filler of a rank that got no sample: computed, but of weight zero
+    samples: Ints  # rows of the mixture
+    visits: Ints  # name this sight of each sample for all randomness
+    drop_prompt: Bools
+    drop_context: Bools
+    counts: Bools  # false for the filler of a rank that got no sample: computed, but of weight zero
     samples_in_step: int  # that count, over all ranks and microbatches
     position: Position  # where the run stands once this pack's step is done
 
 
-@dataclass(frozen=True, slots=True)
-class SampleSizes:
-    """Sizes in tokens of every sample, as trained at. Arrays of one row a sample (or a context image)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A packed window: the samples of pack p are first[p]:first[p + 1]. Its packs come in random order."""
 
-    txt_tokens: int
-    target_hw: np.ndarray  # [n, 2]
-    context_start: np.ndarray  # [n + 1]
-    context_hw: np.ndarray  # [contexts, 2]
-    target_tokens: np.ndarray  # [n]
-    context_tokens: np.ndarray  # [n]
+    number: int
+    samples: Ints
+    visits: Ints
+    drop_prompt: Bools
+    drop_context: Bools
+    first: Ints  # [packs + 1]
+    flops: Ints  # [packs]
 
     def __len__(self) -> int:
-        return len(self.target_hw)
-
-    def tokens(self, samples: np.ndarray, drop_context: np.ndarray) -> np.ndarray:
-        return self.txt_tokens + self.target_tokens[samples] + self.context_tokens[samples] * ~drop_context
-
-    def shape(self, sample: int, drop_context: bool) -> SampleShape:
-        first, last = self.context_start[sample], self.context_start[sample + 1]
-        contexts = () if drop_context else tuple((int(h), int(w)) for h, w in self.context_hw[first:last])
-        h, w = self.target_hw[sample]
-        return SampleShape(txt=self.txt_tokens, target=(int(h), int(w)), contexts=contexts)
+        return len(self.flops)
 
 
-def sample_sizes(index: ShardIndex, max_pixels: int, pixels_per_token: int, txt_tokens: int) -> SampleSizes:
-    """Token sizes from image sizes, by the same rule that the reader crops with."""
-    target_hw = fit_size(index.target_hw, max_pixels, pixels_per_token) // pixels_per_token
-    context_hw = fit_size(index.context_hw, max_pixels, pixels_per_token) // pixels_per_token
-    running = np.concatenate([[0], np.cumsum(context_hw.prod(axis=1))])
-    return SampleSizes(
-        txt_tokens=txt_tokens,
-        target_hw=target_hw,
-        context_start=index.context_start,
-        context_hw=context_hw,
-        target_tokens=target_hw.prod(axis=1),
-        context_tokens=np.diff(running[index.context_start]),
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class Step(Sequence[Pack]):
+    """The packs of a step, the cheapest first; made only when asked for, as a rank needs few of them."""
+
+    windows: dict[int, Window]
+    places: Ints  # [packs, 2]: window, pack
+    samples: int
+    position: Position
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, i: int) -> Pack: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Pack]: ...
+    def __getitem__(self, i: int | slice) -> Pack | list[Pack]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        number, place = self.places[i].tolist()
+        window = self.windows[number]
+        rows = slice(window.first[place], window.first[place + 1])
+        return Pack(
+            samples=window.samples[rows],
+            visits=window.visits[rows],
+            drop_prompt=window.drop_prompt[rows],
+            drop_context=window.drop_context[rows],
+            counts=np.ones(rows.stop - rows.start, dtype=bool),
+            samples_in_step=self.samples,
+            position=self.position,
+        )
 
 
-def check_budget(sizes: SampleSizes, config: DataConfig) -> None:
-    """ConfigError if some sample alone exceeds the token budget."""
-    tokens = sizes.tokens(np.arange(len(sizes)), np.zeros(len(sizes), dtype=bool))
-    longest = int(tokens.argmax())
-    if tokens[longest] > config.tokens_per_pack:
-        rule = f"must hold the largest sample: sample {longest} of the index has {tokens[longest]} tokens"
-        raise ConfigError("data.tokens_per_pack", config.tokens_per_pack, rule, "Raise it, or lower data.max_pixels")
-
-
-def plan_digest(index: ShardIndex, sizes: SampleSizes, config: DataConfig, seed: int) -> str:
-    """Names a plan: runs of equal digest see the same samples in the same windows, and may continue each other."""
-    tokens = (int(sizes.target_tokens.sum()), int(sizes.context_tokens.sum()))  # says how many pixels a token has
-    settings = (config.max_pixels, config.tokens_per_pack, config.window_samples, tokens)
-    dropouts = (config.prompt_dropout, config.context_dropout)
-    return f"{key_of('plan', PLAN_VERSION, index.digest, sizes.txt_tokens, repr((settings, dropouts)), seed):032x}"
+def plan_digest(mixture: Mixture, config: DataConfig, seed: int) -> str:
+    """Names a plan: runs of equal digest, and of one model, see the same samples in the same packs."""
+    sources = [
+        (s.key, s.index.digest, str(s.share), s.transform.decides_size(), s.prompt_dropout, s.context_dropout)
+        for s in mixture.sources
+    ]
+    tokens = (mixture.txt_tokens, config.tokens_per_pack, config.window_samples)
+    return f"{key_of('plan', PLAN_VERSION, repr(sources), repr(tokens), seed):032x}"
 
 
 class Planner:
-    """Plans a dataset's packs. Holds no state: every method is a function of its arguments."""
+    """Plans the packs of a mixture. Holds no state: every method is a function of its arguments."""
 
-    def __init__(self, sizes: SampleSizes, config: DataConfig, seed: int, cost: CostFunction) -> None:
-        self.sizes, self.config, self.seed, self.cost = sizes, config, seed, cost
-        self.windows = max(1, round(len(sizes) / config.window_samples))
+    def __init__(self, mixture: Mixture, config: DataConfig, seed: int, cost: CostFunction) -> None:
+        self.mixture, self.budget, self.seed, self.cost = mixture, config.tokens_per_pack, seed, cost
+        self.window_samples = min(config.window_samples, len(mixture))  # a window of a small dataset is an epoch
 
-    def steps(self, position: Position, packs_per_step: int) -> Iterator[list[Pack]]:
-        """Endless: for each step from `position` on, its packs (rank-major: rank r's microbatches lie side by side)."""
+    def window(self, number: int) -> Window:
+        """A window's packs, the same at every world size. The one method that takes time."""
+        drawn = self.mixture.draw(self.seed, number, self.window_samples)
+        draws = generator(self.seed, "dropout", number).random((2, len(drawn.rows)))
+        drop_prompt, drop_context = draws[0] < drawn.prompt_dropout, draws[1] < drawn.context_dropout
+        return self._packed(number, drawn.rows, drawn.visits, drop_prompt, drop_context)
+
+    def _packed(self, number: int, rows: Ints, visits: Ints, drop_prompt: Bools, drop_context: Bools) -> Window:
+        target, context = self.mixture.image_tokens(rows)
+        context = context * ~drop_context
+        flops = self.cost(self.mixture.txt_tokens, target, context)
+        random = generator(self.seed, "packing", number)
+        pack_of_sample = pack(self.mixture.txt_tokens + target + context, flops, self.budget, random)
+        packs = int(pack_of_sample.max(initial=-1)) + 1
+        pack_of_sample = random.permutation(packs)[pack_of_sample]
+        by_pack = np.argsort(pack_of_sample, kind="stable")
+        first = np.append(0, np.cumsum(np.bincount(pack_of_sample, minlength=packs)))
+        return Window(
+            number=number,
+            samples=rows[by_pack],
+            visits=visits[by_pack],
+            drop_prompt=drop_prompt[by_pack],
+            drop_context=drop_context[by_pack],
+            first=first,
+            flops=np.diff(np.append(0, np.cumsum(flops[by_pack]))[first]),  # right even where the running sum wraps
+        )
+
+    def steps(self, position: Position, packs_per_step: int, windows: Iterable[Window] | None = None) -> Iterator[Step]:
+        """Endless: the steps from `position` on.
+
+        windows: the windows from position.window on, if they are planned elsewhere.
+        """
+        stream = _Stream(map(self.window, count(position.window)) if windows is None else windows, position)
         while True:
-            yield from self._rest_of_window(position, packs_per_step)
-            last = position.window + 1 == self.windows
-            position = Position(position.epoch + last, 0 if last else position.window + 1)
+            yield from self._steps_of_window(stream, position, packs_per_step)
+            position = stream.position
+
+    def _steps_of_window(self, stream: "_Stream", position: Position, packs_per_step: int) -> Iterator[Step]:
+        """Shares out the packs as earlier legs did and leaves out what they took; then shares out the rest."""
+        legs = position.legs
+        if not legs or legs[-1][0] != packs_per_step:
+            legs = (*legs, (packs_per_step, 0))
+        pool = stream.rest_of_window()
+        for number, (packs, done) in enumerate(legs):
+            pool = np.concatenate([pool, stream.take(-len(pool) % packs)])
+            key = (self.seed, "steps", position.window, position.pack, repr(legs[:number]))
+            steps = _steps_of_like_cost(pool, packs, generator(*key))
+            pool = steps[done:].reshape(-1, pool.shape[1])
+        for taken, places in enumerate(steps[done:], done + 1):
+            inside = replace(position, legs=(*legs[:-1], (packs, taken)))
+            yield Step(
+                windows=dict(stream.windows),
+                places=places[:, [WINDOW, PACK]],
+                samples=int(places[:, SAMPLES].sum()),
+                position=inside if taken < len(steps) else stream.position,
+            )
 
     def fixed(self, first: int, packs_per_step: int) -> list[list[Pack]]:
-        """Steps that cover the first samples of the index once, without dropout: for validation."""
-        assert first <= len(self.sizes)
-        keep = np.zeros(first, dtype=bool)
-        return list(self._plan(Position(), np.arange(first), keep, keep, packs_per_step))
-
-    def _rest_of_window(self, position: Position, packs_per_step: int) -> Iterator[list[Pack]]:
-        """Replays the planning, never the data, of the legs already taken; then plans what they left."""
-        samples, drop_prompt, drop_context = self._window(position.epoch, position.window)
-        left = np.ones(len(samples), dtype=bool)
-        for leg_packs, leg_steps in position.legs:
-            taken = self._deal(samples[left], drop_context[left], leg_packs, position)[:leg_steps]
-            left[np.flatnonzero(left)[np.concatenate([p for step in taken for p in step])]] = False
-        # A window that ends here, or a leg of this same size, goes on with the plan it had.
-        if position.legs and position.legs[-1][0] == packs_per_step:
-            *before, (_, done) = position.legs
-            rest = self._rest_of_window(replace(position, legs=tuple(before)), packs_per_step)
-            yield from (packs for i, packs in enumerate(rest) if i >= done)
-        elif left.any():
-            yield from self._plan(position, samples[left], drop_prompt[left], drop_context[left], packs_per_step)
-
-    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(samples, drop_prompt, drop_context) of a window; the same at every world size."""
-        n = len(self.sizes)
-        order = generator(self.seed, "order", epoch).permutation(n)
-        samples = order[window * n // self.windows : (window + 1) * n // self.windows]
-        draws = generator(self.seed, "dropout", epoch, window).random((2, len(samples)))
-        return samples, draws[0] < self.config.prompt_dropout, draws[1] < self.config.context_dropout
-
-    def _plan(
-        self,
-        position: Position,
-        samples: np.ndarray,
-        drop_prompt: np.ndarray,
-        drop_context: np.ndarray,
-        packs_per_step: int,
-    ) -> Iterator[list[Pack]]:
-        first_visit = position.epoch * len(self.sizes)
-        for step in self._deal(samples, drop_context, packs_per_step, position):
-            position = position.after_step(packs_per_step)
-            in_step = sum(len(rows) for rows in step)
-            assert in_step > 0
-            packs = []
-            for rows in step:
-                counts = np.ones(len(rows), dtype=bool)
-                if len(rows) == 0:  # a rank without samples must still join every collective
-                    rows, counts = np.array([0]), np.array([False])
-                packs.append(
-                    Pack(
-                        samples=samples[rows],
-                        visits=first_visit + samples[rows],
-                        drop_prompt=drop_prompt[rows],
-                        drop_context=drop_context[rows],
-                        counts=counts,
-                        samples_in_step=in_step,
-                        position=position,
-                    )
-                )
-            yield packs
-
-    def _deal(
-        self, samples: np.ndarray, drop_context: np.ndarray, packs_per_step: int, position: Position
-    ) -> list[list[np.ndarray]]:
-        """Rows of `samples` for each step and pack: fewest steps that keep the budget, like loads side by side."""
-        tokens = self.sizes.tokens(samples, drop_context)
-        cost = self.cost(tokens)
-        budget = self.config.tokens_per_pack
-        steps = max(1, -(-int(tokens.sum()) // (budget * packs_per_step)))
-        most = -(-len(samples) // packs_per_step)  # one sample a pack always fits, and leaves no step empty
-        while True:
-            pack_of_sample = deal_by_cost(cost, steps * packs_per_step)
-            loads = np.bincount(pack_of_sample, weights=tokens, minlength=steps * packs_per_step)
-            if loads.max() <= budget:
-                break
-            assert steps < most, "a sample exceeds the budget: check_budget was not called"
-            steps = min(most, steps + 1 + steps // 100)
-        by_pack = np.argsort(pack_of_sample, kind="stable")
-        rows = np.split(by_pack, np.cumsum(np.bincount(pack_of_sample, minlength=steps * packs_per_step))[:-1])
-        # Packs of like cost share a step, so that no rank waits; steps come in random order, so that cost (and with
-        # it size) says nothing about time.
-        like = np.argsort(np.bincount(pack_of_sample, weights=cost, minlength=len(rows)), kind="stable")
-        order = generator(self.seed, "steps", position.epoch, position.window).permutation(steps)
-        return [[rows[p] for p in like.reshape(steps, packs_per_step)[s]] for s in order]
+        """Steps that cover the first samples of the mixture once, without dropout: for validation."""
+        assert 0 < first <= len(self.mixture)
+        keep, rows = np.zeros(first, dtype=bool), np.arange(first)
+        window = self._packed(0, rows, rows, keep, keep)
+        stream = _Stream([window], Position())
+        step = Step({0: window}, stream.take(len(window))[:, [WINDOW, PACK]], first, Position())
+        none = np.zeros(1, dtype=bool)
+        filler = Pack(rows[:1], rows[:1], none, none, counts=none, samples_in_step=first, position=Position())
+        packs = [*step, *[filler] * (-len(step) % packs_per_step)]  # a rank without samples must join all collectives
+        return [packs[i : i + packs_per_step] for i in range(0, len(packs), packs_per_step)]
 
 
-def deal_by_cost(cost: np.ndarray, packs: int) -> np.ndarray:
-    """Pack of each sample, in rounds of one sample a pack, the costliest to the lightest (after Graham 1969's LPT)."""
-    largest_first = np.argsort(-cost, kind="stable")
-    load, pack_of_sample = np.zeros(packs), np.empty(len(cost), dtype=np.int64)
-    for first in range(0, len(cost), packs):
-        chosen = largest_first[first : first + packs]
-        lightest = np.argsort(load, kind="stable")[: len(chosen)]
-        pack_of_sample[chosen] = lightest
-        load[lightest] += cost[chosen]
-    return pack_of_sample
+WINDOW, PACK, FLOPS, SAMPLES = range(4)  # columns of a list of packs, int64 [packs, 4]
+
+
+class _Stream:
+    """The packs of all windows, one after the other, and how far they have been handed out."""
+
+    def __init__(self, windows: Iterable[Window], position: Position) -> None:
+        self._coming, self.windows = iter(windows), dict[int, Window]()
+        self._number, self._pack = position.window, position.pack
+
+    @property
+    def position(self) -> Position:
+        return Position(self._number, self._pack)
+
+    def rest_of_window(self) -> Ints:
+        """The packs of the window that is next; windows before it are forgotten."""
+        self.windows = {number: window for number, window in self.windows.items() if number >= self._number}
+        while len(self._window()) == 0:
+            self._number += 1
+        return self._hand_out(len(self._window()))
+
+    def take(self, packs: int) -> Ints:
+        """The next packs, from as many windows as it takes."""
+        taken = [np.empty((0, 4), dtype=np.int64)]
+        while packs > 0:
+            taken.append(self._hand_out(packs))
+            packs -= len(taken[-1])
+        return np.concatenate(taken)
+
+    def _hand_out(self, packs: int) -> Ints:
+        """Up to so many packs, all from one window."""
+        window = self._window()
+        places = np.arange(self._pack, min(self._pack + packs, len(window)))
+        self._pack += len(places)
+        if self._pack == len(window):
+            self._number, self._pack = self._number + 1, 0
+        columns = (np.full(len(places), window.number), places, window.flops[places], np.diff(window.first)[places])
+        return np.stack(columns, axis=1)
+
+    def _window(self) -> Window:
+        if self._number not in self.windows:
+            self.windows[self._number] = next(self._coming)
+            assert self.windows[self._number].number == self._number
+        return self.windows[self._number]
+
+
+def _steps_of_like_cost(pool: Ints, packs: int, random: np.random.Generator) -> Ints:
+    """[steps, packs, 4] the pool in steps; the packs of each, the cheapest first."""
+    by_cost = pool[np.lexsort((pool[:, PACK], pool[:, WINDOW], pool[:, FLOPS]))]
+    steps = by_cost.reshape(-1, packs, pool.shape[1])
+    return steps[random.permutation(len(steps))]

@@ -1,27 +1,25 @@
-"""One sample from its shard: range-read, decode, resize. No order, no batch, no model.
-
-`fit_size` is the one rule for the size that an image is trained at. The plan calls it on the sizes in the index, the
-reader calls it on the image it decoded, and both must agree to the pixel; so it is integer arithmetic throughout.
+"""One sample from its shard: range-read, then `transforms` or, of an encoded shard, `encoded`. No order, no batch.
 
 Legend: H, W pixels after resizing; `hw` is (height, width) in pixels.
 """
 
 import io
-import os
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+import torch
+from torch import Tensor
 
+from kontext_train.data.encoded import StoredText, from_bytes, read_empty_prompt
 from kontext_train.data.index import ShardIndex
-from kontext_train.data.shard import IMAGE_FORMATS, Span, parse_sample_json
-
-OPEN_SHARDS = 32  # a process: samples of a step come from anywhere, and 1,024 open files is a common limit
+from kontext_train.data.shard import Span, parse_sample_json
+from kontext_train.data.storage import shard_bytes
+from kontext_train.data.transforms import Transform
 
 
 class BadSample(ValueError):
@@ -33,164 +31,122 @@ class BadSample(ValueError):
 
 @dataclass(slots=True)
 class RawSample:
-    """A decoded sample. `target` and each of `contexts`: uint8 [H, W, 3], RGB; H, W differ from image to image."""
+    """A sample as read. H, W (h, w) differ from image to image.
+
+    `target` and each of `contexts`: uint8 [H, W, 3], RGB; of an encoded shard a tensor [2, C, h, w], the mean and the
+    log-variance of its latents, and then `text` is its prompt as encoded.
+    """
 
     key: str
     shard: str
     prompt: str
     metadata: dict[str, Any]  # the sample's JSON without its prompt
-    target: npt.NDArray[np.uint8]
-    contexts: list[npt.NDArray[np.uint8]]
-
-
-def fit_size(hw: npt.ArrayLike, max_pixels: int, multiple: int) -> npt.NDArray[np.int64]:
-    """The size an image is trained at: its aspect ratio, at most `max_pixels`, each side a multiple of `multiple`.
-
-    An image is scaled down, never up, then each side is floored to a multiple, but to one multiple at least. Where
-    that minimum widens a very thin image, its long side gives way, so height * width <= max_pixels holds always.
-
-    Args:
-        hw: integers [..., 2], (height, width) in pixels, at least 1.
-        max_pixels: the largest height * width.
-        multiple: what both sides are divisible by, pixels.
-
-    Returns:
-        int64 [..., 2], (height, width) in pixels.
-
-    Raises:
-        ValueError: `multiple` is below 1, or `max_pixels` has no room for a square of one multiple.
-    """
-    if multiple < 1:
-        raise ValueError(f"multiple is {multiple}; it must be at least 1 pixel")
-    if max_pixels < multiple**2:
-        raise ValueError(f"max_pixels is {max_pixels}; it must be at least multiple ** 2 = {multiple**2}")
-    size = np.asarray(hw, dtype=np.int64)
-    assert size.shape[-1:] == (2,)
-    assert (size >= 1).all()
-    # Scaled by s = sqrt(max_pixels / (h w)), h becomes sqrt(max_pixels h / w): an integer square root, no rounding.
-    scaled = _isqrt(max_pixels * size // size[..., ::-1])
-    size = np.where(size.prod(axis=-1, keepdims=True) > max_pixels, scaled, size)
-    size = np.maximum(size // multiple, 1) * multiple
-    room = max_pixels // size[..., ::-1] // multiple * multiple  # what the other side leaves
-    return np.minimum(size, np.maximum(room, multiple))
-
-
-def _isqrt(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """floor(sqrt(x)) exactly, 0 <= x < 2**62. Above 2**52 the float root of k² - 1 rounds up to k, never down."""
-    root = np.sqrt(x.astype(np.float64)).astype(np.int64)
-    return root - (root * root > x)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image in any mode that PNG, JPEG and WebP decode to; transparency shows white."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit greys at 255, which turns a photograph white.
-        grey = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def _decode(file: str | Path | IO[bytes]) -> Image.Image:
-    """An upright RGB image. Raises ValueError with the reason."""
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as encoded:
-            return _to_rgb(ImageOps.exif_transpose(encoded))
-    except Exception as error:  # Pillow raises a dozen kinds on bad bytes, SyntaxError and struct.error among them
-        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _fit(image: Image.Image, max_pixels: int, multiple: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] at `fit_size`."""
-    height, width = fit_size((image.height, image.width), max_pixels, multiple).tolist()
-    # fit = the largest centred box of the wanted aspect ratio, resampled with antialiasing: resize to cover, then
-    # crop, in one pass. An image that has the size already comes through untouched.
-    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-
-
-class _OpenShard:
-    """A file descriptor that closes when its last user lets go: the cache may drop it while a thread reads."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "descriptor"):
-            close(self.descriptor)
-
-    def read(self, span: Span) -> bytes:
-        """The bytes of a span; fewer where the file ends before. pread has no file position for processes to share."""
-        parts, offset, end = list[bytes](), span.offset, span.offset + span.size
-        while offset < end and (part := os.pread(self.descriptor, end - offset, offset)):
-            parts.append(part)
-            offset += len(part)
-        return b"".join(parts)
+    target: npt.NDArray[np.uint8] | Tensor
+    contexts: Sequence[npt.NDArray[np.uint8] | Tensor]
+    text: StoredText | None = None
 
 
 class SampleReader:
     """Reads samples by number, in any order. Safe to pickle, to fork and to use from several threads."""
 
-    def __init__(self, index: ShardIndex, max_pixels: int, multiple: int) -> None:
-        """`max_pixels` and `multiple` as in `fit_size`. Raises ValueError if they do not fit each other."""
-        fit_size((1, 1), max_pixels, multiple)  # refuse bad values here, not in a worker
-        self.index, self.max_pixels, self.multiple = index, max_pixels, multiple
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_OpenShard)
+    def __init__(self, index: ShardIndex, transform: Transform) -> None:
+        self.index, self.transform = index, transform
+        self._bytes = shard_bytes(index.base, index.storage)
 
-    def __reduce__(self) -> tuple[type["SampleReader"], tuple[ShardIndex, int, int]]:
-        return SampleReader, (self.index, self.max_pixels, self.multiple)
+    def __reduce__(self) -> tuple[type["SampleReader"], tuple[ShardIndex, Transform]]:
+        return SampleReader, (self.index, self.transform)
 
-    def read(self, i: int) -> RawSample:
-        """Sample i, its images at exactly `fit_size` of their sizes in the index.
+    def read(self, i: int, visit: int = 0) -> RawSample:
+        """Sample i, its images at exactly the transform's sizes. visit: decides where a random crop lies.
 
         Raises:
             BadSample: its bytes do not decode or are not what the index says.
-            OSError: the storage failed or the shard is gone; that is no fault of the sample.
+            OSError: the storage failed, the shard is gone or changed; that is no fault of the sample.
             IndexError: there is no sample i.
         """
+        return self.decode(i, self.fetch([i])[0], visit)
+
+    def fetch(self, samples: Iterable[int]) -> list[bytes]:
+        """The encoded bytes of samples, for `decode`; remote ones many at once. Raises as `read` does."""
+        locations = [self.index.location(int(i)) for i in samples]
+        return self._bytes.read([(location.file, location.run()) for location in locations])
+
+    def decode(self, i: int, raw: bytes, visit: int = 0) -> RawSample:
+        """Sample i from its bytes. Raises as `read` does."""
         location = self.index.location(i)
-        file = self._open(location.shard)
-        rows = slice(self.index.context_start[i], self.index.context_start[i + 1])
-        part = "json"
+        start = location.run().offset
+
+        def content(span: Span) -> bytes:
+            return raw[span.offset - start : span.offset - start + span.size]
+
         try:
-            metadata = parse_sample_json(_whole(file, location.json))
-            part = "target"
-            target = self._image(_whole(file, location.target), self.index.target_hw[i])
-            contexts = []
-            for number, (span, hw) in enumerate(zip(location.contexts, self.index.context_hw[rows], strict=True)):
-                part = f"context.{number}"
-                contexts.append(self._image(_whole(file, span), hw))
+            with _named("json"):
+                metadata = parse_sample_json(content(location.json))
+            prompt = metadata.pop("prompt")
+            if self.index.encoding is None:
+                encoded = [content(span) for span in (location.target, *location.contexts)]
+                target, *contexts = self._pixels(i, encoded, visit)
+                return RawSample(location.key, location.name, prompt, metadata, target, contexts)
+            with _named("encoded"):
+                moments, text = self._stored(i, content(location.target))
+            return RawSample(location.key, location.name, prompt, metadata, moments[0], moments[1:], text)
         except ValueError as error:
-            raise BadSample(f"{location.shard}: {location.key}: {part}: {error}") from error
-        return RawSample(
-            key=location.key,
-            shard=location.shard.relative_to(self.index.folder).as_posix(),
-            prompt=metadata.pop("prompt"),
-            metadata=metadata,
-            target=target,
-            contexts=contexts,
-        )
+            raise BadSample(f"{location.file.path}: {location.key}: {error}") from error
 
-    def _image(self, raw: bytes, indexed_hw: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-        """Decodes to uint8 [H, W, 3]. Raises ValueError with the reason."""
-        image = _decode(io.BytesIO(raw))
-        if (image.height, image.width) != tuple(indexed_hw):
-            height, width = indexed_hw
-            raise ValueError(f"decodes to {image.height}×{image.width}, the index says {height}×{width} (height×width)")
-        return _fit(image, self.max_pixels, self.multiple)
+    def hole(self, i: int) -> RawSample:
+        """What stands for sample i where it cannot be read: black images of its sizes and the empty prompt."""
+        location = self.index.location(i)
+        if self.index.encoding is None:
+            shapes = [(h, w, 3) for h, w in self.transform.size(self._hw(i)).tolist()]
+            target, *contexts = [np.zeros(shape, dtype=np.uint8) for shape in shapes]
+            return RawSample(location.key, location.name, "", {}, target, contexts)
+        moments = [torch.zeros(shape, dtype=self._dtype()) for shape in self._shapes(i)]
+        return RawSample(location.key, location.name, "", {}, moments[0], moments[1:], self.empty_prompt)
+
+    def _pixels(self, i: int, encoded: Sequence[bytes], visit: int) -> list[npt.NDArray[np.uint8]]:
+        """Target and contexts, uint8 [H, W, 3]. Raises ValueError with name and reason."""
+        centering = self.transform.centering(visit)
+        images = []
+        for number, (raw, hw) in enumerate(zip(encoded, self._hw(i), strict=True)):
+            with _named(f"context.{number - 1}" if number else "target"):
+                images.append(self.transform.apply(io.BytesIO(raw), centering, hw))
+        return images
+
+    def _stored(self, i: int, raw: bytes) -> tuple[list[Tensor], StoredText]:
+        """Target and contexts, [2, C, h, w], and the prompt. Raises ValueError with the reason."""
+        moments, text = from_bytes(raw)
+        given, expected = [tuple(image.shape) for image in moments], self._shapes(i)
+        if given != expected or any(image.dtype != self._dtype() for image in moments):
+            raise ValueError(f"holds latents of {given} in {moments[0].dtype}, not of {expected} in {self._dtype()}")
+        assert self.index.encoding is not None
+        if (text.t5_LE is not None) != self.index.encoding["t5"]:
+            raise ValueError("holds T5's tokens and should not, or the other way round")
+        return moments, text
+
+    def _hw(self, i: int) -> list[tuple[int, int]]:
+        """Indexed (height, width) of target and contexts, pixels."""
+        rows = slice(self.index.context_start[i], self.index.context_start[i + 1])
+        return [(h, w) for h, w in (self.index.target_hw[i].tolist(), *self.index.context_hw[rows].tolist())]
+
+    def _shapes(self, i: int) -> list[tuple[int, ...]]:
+        """[2, C, h, w] of the latents of target and contexts."""
+        assert self.index.encoding is not None
+        channels, pixels = self.index.encoding["latent_channels"], self.transform.multiple // 2
+        return [(2, channels, h // pixels, w // pixels) for h, w in self._hw(i)]
+
+    def _dtype(self) -> torch.dtype:
+        assert self.index.encoding is not None
+        return getattr(torch, self.index.encoding["encoders.dtype"])
+
+    @cached_property
+    def empty_prompt(self) -> StoredText:
+        """What stands in for a dropped prompt in encoded shards. Raises OSError or ValueError if it cannot be read."""
+        return read_empty_prompt(self.index)
 
 
-def _whole(file: _OpenShard, span: Span) -> bytes:
-    raw = file.read(span)
-    if len(raw) != span.size:
-        raise ValueError(f"the shard ends {span.size - len(raw)} bytes too soon: it was cut after it was indexed")
-    return raw
-
-
-def load_image(path: str | Path, max_pixels: int, multiple: int) -> npt.NDArray[np.uint8]:
-    """An image file as training sees images: uint8 [H, W, 3] at `fit_size`. Raises ValueError if it is no image."""
+@contextmanager
+def _named(part: str) -> Iterator[None]:
     try:
-        return _fit(_decode(path), max_pixels, multiple)
+        yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{part}: {error}") from error

@@ -21,6 +21,11 @@ def sum_over_ranks(values: dict[str, Tensor], device: torch.device) -> dict[str,
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on some rank. Goes over the CPU's group, so it waits for no device."""
-    seen = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return bool(seen.item())
+    return sum_counts([flag])[0] > 0
+
+
+def sum_counts(counts: list[int]) -> list[int]:
+    """Sums of counts over ranks. Goes over the CPU's group, so it waits for no device."""
+    sums = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(sums)
+    return sums.tolist()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from kontext_train.data.config import DataConfig
-from kontext_train.data.index import ShardIndex
-from kontext_train.data.plan import Planner, Position, check_budget, sample_sizes
+from kontext_train.data.plan import Planner, Position
+from kontext_train.data.sources import Mixture, open_sources
 from kontext_train.errors import ConfigError
 from kontext_train.estimation.config import Sample
 from kontext_train.models.config import EncodersConfig, FluxConfig
@@ -30,10 +30,10 @@ def token_mix(
 ) -> TokenMix:
     """Of data.train if it is given, of so many typical samples as a pack holds if not. ConfigError if none fits."""
     pad_to = data.tokens_per_pack if data.pad_packs else None
-    if data.train:
-        return _mix(
-            model, _planned(data, encoders, model, packs_per_step, seed), pad_to, f"first steps of {data.train}"
-        )
+    if data.train or data.sources:
+        packs = _planned(data, encoders, model, packs_per_step, seed)
+        paths = ", ".join(source.path for source in data.of_sources().values())
+        return _mix(model, packs, pad_to, f"first steps of {paths}")
     side = RELEASED_PIXELS_PER_TOKEN
     image = (sample.height // side, sample.width // side)
     shape = SampleShape(encoders.t5_tokens, image, (image,) * sample.contexts)
@@ -60,17 +60,13 @@ def _planned(
     data: DataConfig, encoders: EncodersConfig, model: FluxConfig, packs_per_step: int, seed: int, steps: int = 100
 ) -> list[tuple[SampleShape, ...]]:
     """The packs of a run's first steps."""
-    try:
-        index = ShardIndex.open(data.train)
-    except ValueError as error:
-        raise ConfigError("data.train", data.train, "must be a folder of indexed shards", str(error)) from error
     side = encoders.pixels_per_token() if encoders.path else RELEASED_PIXELS_PER_TOKEN
-    sizes = sample_sizes(index, data.max_pixels, side, encoders.t5_tokens)
-    check_budget(sizes, data)
-    planner = Planner(sizes, data, seed, forward_flops(model).by_tokens)
+    mixture = Mixture(open_sources(data, side, seed), encoders.t5_tokens)
+    mixture.check_budget(data.tokens_per_pack)
+    planner = Planner(mixture, data, seed, forward_flops(model).of_tokens)
     first = islice(planner.steps(Position(), packs_per_step), steps)
     return [
-        tuple(sizes.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True))
+        tuple(mixture.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True))
         for packs in first
         for pack in packs
         if pack.counts.any()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 
+from kontext_train.data.config import Crop, DataConfig
 from kontext_train.data.encode import Encoders, load_encoders
+from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
@@ -30,7 +32,7 @@ class Trained:
     encoders: Encoders
     shift: ShiftConfig
     pixels_per_token: int
-    max_pixels: int
+    transform: Transform  # of context images: as the run saw them, cropped around the centre
     device: torch.device
 
     def generate(self, requests: Sequence[Request], sampler: SamplerConfig) -> list[Tensor]:
@@ -103,11 +105,12 @@ def load_trained(
     backend = usable_backend(AttentionBackend.auto, device, dtype, head_dim)  # this machine's, not the training's
     model = load_model(path, config, ema, attention_function(backend))
     encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))
+    side = encoders_config.pixels_per_token()
     return Trained(
         model=model.to(device, dtype).requires_grad_(False).eval(),
-        pixels_per_token=encoders_config.pixels_per_token(),
+        pixels_per_token=side,
         encoders=load_encoders(encoders_config, device),
         shift=section(ShiftConfig, config["flow"]),
-        max_pixels=config["data"]["max_pixels"],
+        transform=replace(Transform.of(section(DataConfig, config["data"]), side, seed=0), crop=Crop.center),
         device=device,
     )

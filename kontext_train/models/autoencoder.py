@@ -24,9 +24,21 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images -> mean and standard deviation [B, C, H/f, W/f] float32 of the scaled latents."""
+        mean, std = self.posterior(self.moments(images_B3HW)).unbind(1)
+        return mean, std
+
+    @torch.no_grad()
+    def moments(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 images -> mean and log-variance [B, 2, C, H/f, W/f], as computed, before scale and shift."""
         images = images_B3HW.to(self.vae.device).to(self.vae.dtype) / 127.5 - 1
         posterior = self.vae.encode(images).latent_dist
-        return (posterior.mean.float() - self.shift) * self.scale, posterior.std.float() * self.scale
+        return torch.stack([posterior.mean, posterior.logvar], dim=1)
+
+    def posterior(self, moments_B2CHW: Tensor) -> Tensor:
+        """`moments` -> mean and standard deviation [B, 2, C, H/f, W/f] float32 of the scaled latents."""
+        mean, log_variance = moments_B2CHW.to(self.vae.device).unbind(1)
+        std = torch.exp(0.5 * log_variance)
+        return torch.stack([(mean.float() - self.shift) * self.scale, std.float() * self.scale], dim=1)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

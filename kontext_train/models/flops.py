@@ -4,11 +4,15 @@ Attention is bidirectional: every token of a sample reads every other, so there 
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.sequence import SampleShape
+
+Tokens = TypeVar("Tokens", int, npt.NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +26,20 @@ class ForwardFlops:
     per_img_token: int
     per_target_token: int
 
-    def by_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """What a sample of so many tokens costs in the blocks: for balancing packs."""
-        return self.per_token * tokens + self.per_token_pair * tokens.astype(float) ** 2
-
-    def sample(self, shape: SampleShape) -> int:
+    def of_tokens(self, txt: int, target: Tokens, context: Tokens) -> Tokens:
+        """FLOPs of a sample, or of many: target and context tokens are integers or int64 arrays."""
+        tokens = txt + target + context
         return (
             self.per_sample
-            + self.per_token * shape.tokens
-            + self.per_token_pair * shape.tokens**2
-            + self.per_txt_token * shape.txt
-            + self.per_img_token * (shape.target_tokens + shape.context_tokens)
-            + self.per_target_token * shape.target_tokens
+            + self.per_token * tokens
+            + self.per_token_pair * tokens**2
+            + self.per_txt_token * txt
+            + self.per_img_token * (target + context)
+            + self.per_target_token * target
         )
+
+    def sample(self, shape: SampleShape) -> int:
+        return self.of_tokens(shape.txt, shape.target_tokens, shape.context_tokens)
 
 
 def forward_flops(config: FluxConfig) -> ForwardFlops:

@@ -32,12 +32,24 @@ class TextEncoders(nn.Module):
                     yield from module.children()
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """[S, t5_tokens, E] and [S, P] float32. T5 sees its padding unmasked, as the released pipelines run it."""
-        device = self.t5.device
-        t5_ids = self._ids(self.t5_tokenizer, prompts, self.t5_tokens).to(device)
-        clip_ids = self._ids(self.clip_tokenizer, prompts, self.clip_tokens).to(device)
-        return self.t5(t5_ids).last_hidden_state.float(), self.clip(clip_ids).pooler_output.float()
+    def forward(self, prompts: Sequence[str], *, pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """[S, t5_tokens, E] and [S, P] float32; None for the second where it is not wanted.
+
+        Sharded encoders are gathered for this call alone; `tokens` and `pooled` are for those that are whole.
+        """
+        return self.tokens(prompts), self.pooled(prompts) if pooled else None
+
+    @torch.no_grad()
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """[S, t5_tokens, E] float32 from T5, which sees its padding unmasked, as the released pipelines run it."""
+        ids = self._ids(self.t5_tokenizer, prompts, self.t5_tokens).to(self.t5.device)
+        return self.t5(ids).last_hidden_state.float()
+
+    @torch.no_grad()
+    def pooled(self, prompts: Sequence[str]) -> Tensor:
+        """[S, P] float32 from CLIP."""
+        ids = self._ids(self.clip_tokenizer, prompts, self.clip_tokens).to(self.clip.device)
+        return self.clip(ids).pooler_output.float()
 
     @staticmethod
     def _ids(tokenizer, prompts: Sequence[str], length: int) -> Tensor:  # type: ignore[no-untyped-def]

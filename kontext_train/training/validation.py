@@ -4,6 +4,7 @@ The loss is MLPerf Training's FLUX.1 test (mean over t = 0, 1/8, ..., 7/8) with 
 or two steps of one, differ only by their weights.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
-from kontext_train.data.encode import Encoders, encode
+from kontext_train.data.encode import Encoders, as_pixels, encode
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.objectives.flow_matching import velocity_error
@@ -71,7 +72,8 @@ class Validation:
         """Writes contexts | result | truth of the first pictures. Every rank takes part, for the model is sharded."""
         rows: list[tuple[str, list[Tensor]]] = []
         for batch in self.pictured:
-            requests = _requests(batch, first_seed=len(rows))
+            contexts, truths = (as_pixels(i, self.encoders.autoencoder) for i in (batch.contexts, batch.targets))
+            requests = _requests(batch, contexts, truths, first_seed=len(rows))
             results = generate(
                 model,
                 self.encoders,
@@ -82,15 +84,17 @@ class Validation:
                 guidance_embed=self.guidance is not None,
                 device=self.device,
             )
-            for request, result, truth in zip(requests, results, batch.targets, strict=True):
+            for request, result, truth in zip(requests, results, truths, strict=True):
                 rows.append((request.prompt, [*request.contexts, result, truth]))
         if dist.get_rank() == 0:
             save_grid(file, rows, scale=max(1, 128 // max(image.shape[1] for _, row in rows for image in row)))
 
 
-def _requests(batch: PixelBatch, first_seed: int) -> list[Request]:
-    contexts = iter(batch.contexts)
+def _requests(
+    batch: PixelBatch, contexts: Sequence[Tensor], truths: Sequence[Tensor], first_seed: int
+) -> list[Request]:
+    rest = iter(contexts)
     return [
-        Request(prompt, [next(contexts) for _ in shape.contexts], target.shape[1], target.shape[2], first_seed + i)
-        for i, (prompt, target, shape) in enumerate(zip(batch.prompts, batch.targets, batch.layout.shapes, strict=True))
+        Request(prompt, [next(rest) for _ in shape.contexts], truth.shape[1], truth.shape[2], first_seed + i)
+        for i, (prompt, truth, shape) in enumerate(zip(batch.prompts, truths, batch.layout.shapes, strict=True))
     ]

@@ -72,6 +72,14 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("optimizer.lr=nan", r"optimizer\.lr=nan"),
         ("optimizer.betas=[0.9,1.5]", r"optimizer\.betas=.*1\.5.*must be at least 0 and below 1"),
         ("schedule.final_factor=-3", r"schedule\.final_factor=-3"),
+        ("data.max_bad_fraction=2", r"data\.max_bad_fraction=2\.0: is a probability"),
+        ("+data.sources.web.pth=x", r"data\.sources\.web\.pth='x': is no option. Known here: context_dropout"),
+        ("+data.sources.web={path: x, wieght: 1}", r"data\.sources\.web\.wieght=1: is no option"),
+        ("+data.sources.web=x", r"data\.sources\.web='x': must hold options of one source"),
+        ("+data.sources.web={path: x, weight: much}", r"data\.sources\.web\.weight='much': has the wrong type"),
+        ("+data.sources.web={path: x, weight: 0}", r"data\.sources\.web\.weight=0\.0: must be above 0"),
+        ("+data.sources.web.weight=1", r"data\.sources\.web\.path='': must be given"),
+        ("data=mixture", r"data\.sources\.edits\.path='': must be given"),
     ],
 )
 def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
@@ -99,13 +107,32 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
             1,
             r"optimizer\.stochastic_rounding=True: is of weights kept in bfloat16",
         ),
-        ("parallel.dp_replicate=3", 4, r"dp_replicate, dp_shard=\(3, -1\): .* must be the number of processes, 4"),
-        ("parallel.dp_shard=2", 4, r"dp_replicate, dp_shard=\(1, 2\): .* must be the number of processes, 4"),
+        ("parallel.dp_replicate=3", 4, r"dp_shard, cp=\(3, -1, 1\): dp_replicate x cp = 3 must divide the 4 processes"),
+        ("+data.sources.web.path=/nowhere", 1, r"data\.sources\.web\.path='/nowhere': must be a folder"),
+        ("+data.sources.web={path: /, max_pixels: 99}", 1, r"data\.sources\.web\.max_pixels=99: must hold at least"),
+        ("parallel.dp_shard=2", 4, r"dp_shard, cp=\(1, 2, 1\): .* must be the number of processes, 4"),
     ],
 )
 def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, world: int, message: str) -> None:
+    source = "data.train=''" if "sources" in override else f"data.train={shards}"
     with pytest.raises(ConfigError, match=message):
-        check(small_config(shards, tmp_path, override), world)
+        check(small_config(shards, tmp_path, source, override), world)
+
+
+def test_sources_come_from_a_recipe_and_from_the_command_line() -> None:
+    paths = ("data.sources.edits.path=a", "data.sources.text_to_image.path=b", "+data.sources.more.path=c")
+    config = compose_config("data=mixture", *paths, "+data.sources.more.weight=1", "data.sources.edits.weight=2")
+    assert {name: (s.path, s.weight) for name, s in config.data.sources.items()} == {
+        "edits": ("a", 2.0),
+        "text_to_image": ("b", 0.3),
+        "more": ("c", 1.0),
+    }
+    filled = config.data.of_sources()
+    assert [filled[name].prompt_dropout for name in filled] == [0.1, 0.2, 0.1]
+    with pytest.raises(ConfigError, match=r"data\.train='x': cannot be given together with data\.sources \(edits, "):
+        compose_config("data=mixture", *paths, "+data.sources.more.weight=1", "data.train=x")
+    with pytest.raises(ConfigError, match=r"data\.sources\.more=.*but data\.sources\.edits has a weight"):
+        compose_config("data=mixture", *paths)
 
 
 def test_int8_moments_are_not_kept_in_host_memory(shards: Path, tmp_path: Path) -> None:
@@ -131,7 +158,7 @@ def test_what_only_the_shards_know_is_refused_by_key(
 def test_a_refusal_is_one_line_and_status_2(shards: Path, tmp_path: Path) -> None:
     done = kontext_train(*SMALL, f"data.train={shards}", f"run.dir={tmp_path}", "parallel.dp_shard=2", processes=4)
     assert done.returncode == 2
-    assert done.stderr.startswith("kontext-train: parallel.dp_replicate, dp_shard=(1, 2)")
+    assert done.stderr.startswith("kontext-train: parallel.dp_replicate, dp_shard, cp=(1, 2, 1)")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 

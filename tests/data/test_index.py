@@ -404,13 +404,13 @@ def rewrite_header(folder: Path, **changes: object) -> None:
 
 def test_open_refuses_a_newer_format(folder: Path) -> None:
     build_index(folder)
-    rewrite_header(folder, format_version=1)
-    assert len(ShardIndex.open(folder)) == 3  # control: rewriting alone does no harm
     rewrite_header(folder, format_version=2)
-    with pytest.raises(ValueError, match=r"format version 2 \(it was written by a newer.*reads 1.*index_shards"):
+    assert len(ShardIndex.open(folder)) == 3  # control: rewriting alone does no harm
+    rewrite_header(folder, format_version=3)
+    with pytest.raises(ValueError, match=r"format version 3 \(it was written by a newer.*reads 2.*index_shards"):
         ShardIndex.open(folder)
-    rewrite_header(folder, format_version=0)
-    with pytest.raises(ValueError, match=r"format version 0, this program reads 1.*index_shards"):
+    rewrite_header(folder, format_version=1)
+    with pytest.raises(ValueError, match=r"format version 1, this program reads 2.*index_shards"):
         ShardIndex.open(folder)
 
 
