@@ -1,6 +1,6 @@
 """Forward and backward of the same small FLUX, ours against diffusers' FluxTransformer2DModel, on this CPU.
 
-    python -m benchmarks.step [--rounds 9] [--dtype bfloat16] [--compile] [--out benchmarks/results/step.json]
+    python -m benchmarks.step [--rounds 9] [--dtype bfloat16] [--eager-only] [--out benchmarks/results/step.json]
 
 Each side runs in a process of its own with one thread; the two take turns, step by step, and a round's ratio is our CPU
 time over theirs (CPU time, so that other jobs on the machine count for neither). Reported is the median ratio of all
@@ -180,21 +180,19 @@ def main() -> None:
     parser.add_argument("--workload", choices=list(WORKLOADS), nargs="+", default=list(WORKLOADS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
     arguments = parser.parse_args()
-    results = []
+    machine = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+    report: dict[str, Any] = {"machine": machine, "argv": sys.argv[1:], "results": []}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'workload':10}{'mode':10}{'dtype':10}{'ours':>9}{'diffusers':>11}{'ratio':>8}   quartiles")
     for compiled in (False,) if arguments.eager_only else (False, True):
         for dtype in arguments.dtype:
             for workload in arguments.workload:
                 r = compare(workload, getattr(torch, dtype), compiled, arguments.rounds)
-                results.append(r)
+                report["results"].append(r)
+                arguments.out.write_text(json.dumps(report, indent=2) + "\n")  # after each, in case it is stopped
                 times = f"{r['ours_s'] * 1e3:7.0f}ms{r['diffusers_s'] * 1e3:9.0f}ms"
                 spread = f"{r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}"
                 print(f"{r['workload']:10}{r['mode']:10}{r['dtype']:10}{times}{r['ratio']:8.2f}   {spread}", flush=True)
-    machine = {"cpu": cpu_name(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"machine": machine, "argv": sys.argv[1:], "results": results}, indent=2) + "\n"
-    )
 
 
 def cpu_name() -> str:
