@@ -10,15 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from kontext_train.data.config import DataConfig
+from kontext_train.distributed.config import Checkpointing
 from kontext_train.errors import ConfigError
 from kontext_train.estimation import encoders as released
-from kontext_train.estimation.config import GPU, Assumptions, Sample
+from kontext_train.estimation.config import GPU, Assumptions, ClusterConfig, Sample
+from kontext_train.estimation.estimate import estimate, traced
 from kontext_train.estimation.gpus import DATA_SHEETS
 from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.roofline import Work, step_time
 from kontext_train.estimation.simulation import Meter
 from kontext_train.estimation.traffic import Collective
 from kontext_train.models.config import EncodersConfig, FluxConfig
+from tests.estimation.cases import MODEL, PACK, setup
 from tests.runs import ENCODERS
 
 
@@ -122,3 +125,18 @@ def test_an_index_gives_its_own_mix(shards: Path) -> None:
     largest = sum(shape.tokens for shape in mix.largest)
     assert 100 < largest <= 128
     assert mix.samples > 1
+
+
+def test_bytes_kept_and_arithmetic_done_again_are_what_the_policy_says() -> None:
+    """The two lines of the report: between the policies, the named outputs and their products."""
+    cases = {p: setup(activation_checkpointing=p) for p in Checkpointing}
+    told = {policy: estimate(case, ClusterConfig(), traced(case)) for policy, case in cases.items()}
+    selective, full = told[Checkpointing.selective], told[Checkpointing.full]
+    d, mlp, tokens = MODEL.hidden_size, MODEL.mlp_hidden, sum(shape.tokens for shape in PACK)
+
+    kept = tokens * (2 * d * 2 + MODEL.num_heads * 4)  # attention and mlp.2 or linear2 in bfloat16; log-sum-exp
+    assert [s - f for s, f in zip(selective.kept, full.kept, strict=True)] == [kept, kept]
+    products = 2 * tokens * (MODEL.depth * d * mlp + MODEL.depth_single_blocks * d * (d + mlp))
+    attention = (MODEL.depth + MODEL.depth_single_blocks) * 4 * d * sum(shape.tokens**2 for shape in PACK)
+    assert full.recomputed_flops - selective.recomputed_flops == products + attention
+    assert told[Checkpointing.none].recomputed_flops < 0.01 * full.recomputed_flops
