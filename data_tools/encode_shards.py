@@ -90,8 +90,8 @@ def encode_shards(
     encoding = describe_encoding(encoders, transform, t5, index.digest)
     out.mkdir(parents=True, exist_ok=True)
     begun = _check_same(out, encoding)
-    number, processes = share
-    mine = index.shard_rows()[number::processes]
+    number, sharers = share
+    mine = index.shard_rows()[number::sharers]
     todo = [(name, rows) for name, rows in mine if not (out / name).exists()]
     report = EncodeReport(kept=len(mine) - len(todo))
     if todo:

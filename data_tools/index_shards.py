@@ -1,5 +1,6 @@
 """Indexes folders of shards, and tells what is in them and what is wrong with them."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.command import at_least, command_parser
+from data_tools.command import at_least, command_parser, exit_status
 from kontext_train.data.config import is_url
 from kontext_train.data.index import IndexReport, ShardIndex, build_index
 
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.out or arguments.shards) and len(arguments.folders) > 1:
         parser.error(f"--out and --shards are for one DIR; {len(arguments.folders)} were given")
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     status = 0
     for folder in arguments.folders:
         processes = arguments.processes or (_REMOTE_PROCESSES if is_url(folder) else len(os.sched_getaffinity(0)))

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -93,6 +94,9 @@ def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """A started process. Garbage of this one stays out of its collector: a process group that a child collects waits
     for threads that only the parent has.
     """
+    if "torch._dynamo" in sys.modules:  # a child counts what it compiles itself
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     gc.collect()
     gc.freeze()
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)

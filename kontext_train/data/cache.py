@@ -60,6 +60,7 @@ class RangeCache:
         except FileNotFoundError:
             pass  # another process needed the room and evicted the temporary file
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             warnings.warn(f"data.storage.cache_dir cannot keep what is read: {error}", stacklevel=2)
 
     def _path(self, file: ShardFile, span: Span) -> Path:

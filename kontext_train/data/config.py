@@ -117,6 +117,9 @@ class DataConfig:
                 raise ConfigError(key, _given(source), rule, "Give a weight to every source, or repeat, or neither")
             if source.max_pixels is not None and source.max_pixels < 1:
                 raise ConfigError(f"{key}.max_pixels", source.max_pixels, "must be at least 1", "Give a larger value")
+            if source.max_pixels is not None and self.resize is Resize.kontext:
+                rule = "has no effect with data.resize=kontext, whose sizes are of one megapixel"
+                raise ConfigError(f"{key}.max_pixels", source.max_pixels, rule, "Use data.resize=pixel_budget")
             for part in ("prompt_dropout", "context_dropout"):
                 given = getattr(source, part)
                 if given is not None and not 0 <= given <= 1:

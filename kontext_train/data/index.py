@@ -12,8 +12,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -152,6 +152,30 @@ def _build(
     progress: bool,
 ) -> IndexReport:
     """Scans what neither the index at `path` nor a killed run knows, and writes the index. files: by name."""
+    with _alone(path.parent):
+        return _build_alone(files, path, partial, header, workers, storage, progress)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for another process that indexes this folder; the system lets go of it however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build_alone(
+    files: dict[str, ShardFile],
+    path: Path,
+    partial: Path,
+    header: dict[str, Any],
+    workers: int,
+    storage: StorageConfig,
+    progress: bool,
+) -> IndexReport:
     encoding = header["encoding"]
     digest = None if encoding is None else digest_of(encoding)
     known = _Known(path, encoding)
@@ -185,10 +209,13 @@ class _Known:
         if header.get("encoding") != encoding:
             header["shards"] = []
         self._shards, end = dict[str, dict[str, Any]](), 0
-        for shard in header["shards"]:
-            first, end = end, end + shard["samples"]
-            if not shard["problems"]:
-                self._shards[shard["path"]] = shard | {"rows": (first, end)}
+        try:
+            for shard in header["shards"]:
+                first, end = end, end + shard["samples"]
+                if not shard["problems"]:
+                    self._shards[shard["path"]] = shard | {"rows": (first, end)}
+        except (KeyError, TypeError):  # damaged where it says what it holds
+            self._shards = {}
 
     def has(self, name: str, file: ShardFile) -> bool:
         told_apart = file.mtime_ns is not None or file.etag is not None

@@ -42,6 +42,10 @@ def test_at_12b_the_linears_of_tokens_are_converted_and_no_other(
         model = Flux(FluxConfig(depth=1, depth_single_blocks=1, guidance_embed=True))
     config = ParallelConfig(float8=recipe, float8_emulate=True, float8_min_features=least)
     assert converted_linears(model, config) == expected
+    if not expected:
+        with pytest.raises(ConfigError, match=r"parallel\.float8=.*fits no linear of this model.*3073 leaves none"):
+            convert(model, config)
+        return
     names = [n for n, _ in model.named_parameters()]
     convert(model, config)
     assert [n for n, m in model.named_modules() if "Float8" in type(m).__name__ or "MXFP8" in type(m).__name__] == (
