@@ -1,6 +1,6 @@
 """Forward and backward of the same small FLUX, ours against diffusers' FluxTransformer2DModel, on this CPU.
 
-    python -m benchmarks.step [--rounds 9] [--dtype bfloat16] [--eager-only] [--out benchmarks/results/step.json]
+    python -m benchmarks.step [--rounds 9] [--dtype bfloat16] [--mode eager] [--out benchmarks/results/step.json]
 
 Each side runs in a process of its own with one thread; the two take turns, step by step, and a round's ratio is our CPU
 time over theirs (CPU time, so that other jobs on the machine count for neither). Reported is the median ratio of all
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--eager-only", action="store_true", help="compiling takes a minute or two for each side")
+    parser.add_argument("--mode", choices=["eager", "compiled"], nargs="+", default=["eager", "compiled"])
     parser.add_argument("--workload", choices=list(WORKLOADS), nargs="+", default=list(WORKLOADS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
     arguments = parser.parse_args()
@@ -184,10 +184,10 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine, "argv": sys.argv[1:], "results": []}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'workload':10}{'mode':10}{'dtype':10}{'ours':>9}{'diffusers':>11}{'ratio':>8}   quartiles")
-    for compiled in (False,) if arguments.eager_only else (False, True):
+    for mode in arguments.mode:
         for dtype in arguments.dtype:
             for workload in arguments.workload:
-                r = compare(workload, getattr(torch, dtype), compiled, arguments.rounds)
+                r = compare(workload, getattr(torch, dtype), mode == "compiled", arguments.rounds)
                 report["results"].append(r)
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n")  # after each, in case it is stopped
                 times = f"{r['ours_s'] * 1e3:7.0f}ms{r['diffusers_s'] * 1e3:9.0f}ms"

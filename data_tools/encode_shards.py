@@ -39,6 +39,9 @@ finishes last writes the index. Then train with data.train=OUT, the same encoder
 refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are left out, or an error."""
 
 
+UNREAD = ": could not be read when its shard was encoded"
+
+
 @dataclass(slots=True)
 class EncodeReport:
     samples: int = 0  # encoded by this process
@@ -114,7 +117,19 @@ def encode_shards(
         if problems:
             raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")
         report.indexed = True
+        told = "".join(report.bad)
+        missing = _left_out(index, ShardIndex.open(out))
+        report.bad += [sample for sample in missing if sample.removesuffix(UNREAD) not in told]
     return report
+
+
+def _left_out(source: ShardIndex, made: ShardIndex) -> Iterator[str]:
+    """Samples of the source that no encoded shard has: bad ones, also of shards that another run or process made."""
+    rows_made = dict(made.shard_rows())
+    for name, rows in source.shard_rows():
+        if len(rows_made[name]) < len(rows):
+            there = {made.location(i).key for i in rows_made[name]}
+            yield from (f"{at.shard}: {at.key}{UNREAD}" for at in map(source.location, rows) if at.key not in there)
 
 
 def _device() -> torch.device:

@@ -341,6 +341,8 @@ def test_a_bad_sample_is_left_out_by_name(source: Path, tmp_path: Path, capsys: 
     assert "59 samples in 4 shards, 0 kept; indexed" in printed
     keys = [ShardIndex.open(tmp_path / "out").location(i).key for i in range(59)]
     assert location.key not in keys
+    assert tool.main([*arguments, "--t5-tokens=12", "--dtype=float32"]) == 1, "a rerun does not forget it"
+    assert f"left out: {location.shard}: {location.key}: could not be read when" in capsys.readouterr().out
 
 
 def test_a_folder_of_something_else_is_not_added_to(source: Path, encoded: Path) -> None:
