@@ -77,7 +77,7 @@ def run(config: TrainConfig, processes: int = 1) -> None:
 def in_processes(processes: int, function: Callable[..., None], *arguments: object) -> None:
     ranks = start(processes, function, *arguments)
     for process in ranks:
-        process.join(timeout=240)
+        process.join(timeout=600)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
