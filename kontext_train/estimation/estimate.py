@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from kontext_train.distributed.config import Checkpointing, Float8, ParallelConfig, Precision, Reshard
+from kontext_train.distributed.config import KEPT, Checkpointing, Float8, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.float8 import CAPABILITY, converted_linears
 from kontext_train.errors import ConfigError
 from kontext_train.estimation import encoders as released
@@ -110,7 +110,9 @@ def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Part
 
 
 def with_checkpointing(setup: Setup, policy: Checkpointing) -> Setup:
-    return replace(setup, parallel=replace(setup.parallel, activation_checkpointing=policy))
+    """What `selective` keeps is the setup's own if that is selective, and the default if not."""
+    keep = setup.parallel.keep_outputs if policy is Checkpointing.selective else KEPT
+    return replace(setup, parallel=replace(setup.parallel, activation_checkpointing=policy, keep_outputs=keep))
 
 
 def network_of(model: FluxConfig, parallel: ParallelConfig, world: int, parts: Parts) -> Network:

@@ -118,7 +118,7 @@ def test_selective_checkpointing_keeps_attention(backend: AttentionBackend, poli
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return function(q * 2, k, v, bounds, 12).sin()
 
-    config = ParallelConfig(activation_checkpointing=Checkpointing(policy), keep_outputs=["attention"])
+    config = ParallelConfig(activation_checkpointing=Checkpointing(policy))
     with Calls() as calls:
         checkpointed(forward, nn.Module(), config)(q, k, v).sum().backward()
     operator = OPERATORS.get(backend, f"kontext_train::{backend.value}")
