@@ -153,7 +153,26 @@ def _build(
 ) -> IndexReport:
     """Scans what neither the index at `path` nor a killed run knows, and writes the index. files: by name."""
     with _alone(path.parent):
-        return _build_alone(files, path, partial, header, workers, storage, progress)
+        encoding = header["encoding"]
+        digest = None if encoding is None else digest_of(encoding)
+        known = _Known(path, encoding)
+        partial.mkdir(exist_ok=True)
+        scans = {name: Scan(file, name, partial, digest) for name, file in files.items() if not known.has(name, file)}
+        todo = [scan for scan in scans.values() if not scan.done()]
+        report = IndexReport(samples=0, shards=len(files), problems=[], scanned=len(todo))
+        try:
+            scan_all(todo, done=len(files) - len(todo), workers=workers, storage=storage, progress=progress)
+            with closing(IndexWriter(partial)) as writer:
+                for name, file in files.items():
+                    columns, problems = scans[name].result() if name in scans else (known.columns(name), [])
+                    writer.append(_described(name, file) | {"problems": len(problems)}, columns)
+                    report.problems += problems
+                report.samples = writer.finish(path, **header)
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            with suppress(OSError):  # it holds results, which the next run uses
+                partial.rmdir()
+        return report
 
 
 @contextmanager
@@ -165,37 +184,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _build_alone(
-    files: dict[str, ShardFile],
-    path: Path,
-    partial: Path,
-    header: dict[str, Any],
-    workers: int,
-    storage: StorageConfig,
-    progress: bool,
-) -> IndexReport:
-    encoding = header["encoding"]
-    digest = None if encoding is None else digest_of(encoding)
-    known = _Known(path, encoding)
-    partial.mkdir(exist_ok=True)
-    scans = {name: Scan(file, name, partial, digest) for name, file in files.items() if not known.has(name, file)}
-    todo = [scan for scan in scans.values() if not scan.done()]
-    report = IndexReport(samples=0, shards=len(files), problems=[], scanned=len(todo))
-    try:
-        scan_all(todo, done=len(files) - len(todo), workers=workers, storage=storage, progress=progress)
-        with closing(IndexWriter(partial)) as writer:
-            for name, file in files.items():
-                columns, problems = scans[name].result() if name in scans else (known.columns(name), [])
-                writer.append(_described(name, file) | {"problems": len(problems)}, columns)
-                report.problems += problems
-            report.samples = writer.finish(path, **header)
-        shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        with suppress(OSError):  # it holds results, which the next run uses
-            partial.rmdir()
-    return report
 
 
 class _Known:

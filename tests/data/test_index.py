@@ -17,6 +17,7 @@ from PIL import Image
 from kontext_train.data import index as index_module
 from kontext_train.data.index import ShardIndex, build_index
 from kontext_train.data.shard import Problem, Span, read_image_hw
+from tests.runs import fork
 
 Members = list[tuple[str, bytes]]
 
@@ -470,3 +471,14 @@ def test_index_is_pickled_by_path(folder: Path) -> None:
     with pytest.raises(ValueError, match="was replaced while it was in use"):
         pickle.loads(packed)
     assert len(index) == 3  # whoever has mapped it keeps the old one
+
+
+def test_two_indexers_of_one_folder_wait_for_each_other(shards: Path, tmp_path: Path) -> None:
+    """Without that the first to finish removes what the other still reads."""
+    for shard in shards.glob("*.tar"):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    both = [fork(build_index, tmp_path) for _ in range(2)]
+    for process in both:
+        process.join(timeout=120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(ShardIndex.open(tmp_path)) == len(ShardIndex.open(shards))
