@@ -252,3 +252,13 @@ def test_command_counts_by_clause(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "samples kept, indexed" in lines[0]
     assert "not contexts == 1 or json.no == 1" in lines[1]
     assert lines[1].endswith("of them lack a field)")
+
+
+def test_shards_that_the_index_leaves_out_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """They may be held out on purpose."""
+    one = sorted(folder.glob("*.tar"))[:1]
+    build_index(folder, shards=one)
+    kept = filter_shards.filter_shards(folder, tmp_path / "out", where=["contexts >= 0"])["kept"]
+    assert kept == len(ShardIndex.open(folder)) > 0
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
+    assert len(list(folder.glob("*.tar"))) > 1, "nothing was left out, so this test shows nothing"
