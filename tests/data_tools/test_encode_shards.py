@@ -451,3 +451,17 @@ def test_a_digest_of_weights_sees_any_byte_of_a_small_file_and_any_name(tmp_path
     changed = {digest("a.safetensors", raw[:i] + b"x" + raw[i + 1 :]) for i in (0, 1 << 20, len(raw) - 1)}
     assert len(changed | {digest("a.safetensors", raw), digest("b.safetensors", raw)}) == 5
     assert digest("a.safetensors", raw) != digest("a.safetensors", raw + b"\0")
+
+
+def test_as_many_processes_read_as_asked(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this process's share is."""
+    asked: list[int] = []
+
+    def read(reader: object, rows: object, processes: int) -> None:
+        asked.append(processes)
+        raise InterruptedError("enough seen")
+
+    monkeypatch.setattr(tool, "_read", read)
+    with pytest.raises(InterruptedError, match="enough seen"):
+        encode(source, tmp_path / "out", share=(1, 3), processes=2)
+    assert asked == [2]
