@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from kontext_train.distributed.config import ParallelConfig
 
@@ -63,6 +64,17 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh, cp_group, cp)
     finally:
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """To call when a group has ended and the process goes on.
+
+    DTensor remembers results by mesh: a later mesh of the same ranks would get those of the dead one, with its groups.
+    """
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    if clear := getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None):  # since torch 2.10
+        clear()
 
 
 def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int, int]:

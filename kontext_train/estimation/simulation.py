@@ -29,6 +29,7 @@ from kontext_train.distributed.activation import checkpointed
 from kontext_train.distributed.config import Float8, ParallelConfig
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
 from kontext_train.distributed.parallelize import parallelize
+from kontext_train.distributed.setup import forget_meshes
 from kontext_train.estimation.memory import PartCost
 from kontext_train.models.attention import AttentionFunction
 from kontext_train.models.config import FluxConfig
@@ -260,6 +261,7 @@ def _fake_group(ranks: int) -> Iterator[dist.ProcessGroup]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+        forget_meshes()
 
 
 def _batch_bytes(batch: PackedBatch) -> int:

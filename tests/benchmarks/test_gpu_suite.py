@@ -4,18 +4,28 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from benchmarks.gpu import suite
 from benchmarks.gpu.measure import Setting, Step, options, race, row
 from kontext_train.distributed.config import ParallelConfig
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _diffusers_keeps_its_backend() -> Iterator[None]:
+    """Choosing one for a model chooses it for all models of the process."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
 
 
 def rows_of(section: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A function that is compiled again and again is reported with the reason; one that is not, is not."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ class Block(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> None:
+def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's default; our compiled runs raise it
+        yield
 
 
 def compiled_block(dynamic: bool) -> Block:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_train.distributed.config import Checkpointing, Precision, Reshard
 from kontext_train.distributed.parallelize import parallelize
+from kontext_train.distributed.setup import forget_meshes
 from kontext_train.estimation import simulation
 from kontext_train.estimation.estimate import Setup, traced
 from kontext_train.estimation.memory import largest
@@ -78,6 +79,7 @@ def test_the_simulated_peak_is_the_one_of_torchs_own_tracker() -> None:
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     finally:
         dist.destroy_process_group()
+        forget_meshes()
     assert simulated(case, world).peak == pytest.approx(peak["Total"], rel=0.03)
 
 
