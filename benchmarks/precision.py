@@ -76,7 +76,7 @@ def run(variant: str, shards: Path, folder: Path, steps: int) -> None:
 
 
 def main(steps: int, samples: int) -> None:
-    from kontext_train.data.index import build_index
+    from kontext_train.data.index_build import build_index
     from kontext_train.training.metrics import read_metrics
     from quickstart.make_dataset import write_shards
 

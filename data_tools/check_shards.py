@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 from data_tools.check_report import write_report
 from data_tools.check_statistics import MEASURES, Checked
 from data_tools.command import add_out, add_processes, at_least, command_parser, exit_status
-from data_tools.scanning import folder_shards, scan, shard_digest
+from data_tools.scanning import scan, shard_digest
 from data_tools.shard_writing import SCRATCH, Task, growing_folder, replacing, run_tasks
 from kontext_train.data.encoding import ENCODING_NAME
+from kontext_train.data.index import folder_shards
 from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span, parse_sample_json
 
 _EXAMPLES = """examples:

@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_tools.command import at_least, command_parser, exit_status
+from data_tools.scanning import flat_rows
 from data_tools.shard_writing import replacing, write_shard
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encode import Encoders, load_encoders, map_by_size
 from kontext_train.data.encoded import StoredText, describe_encoding, encoding_bytes, to_bytes
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
-from kontext_train.data.index import ShardIndex, build_index, read_encoding
+from kontext_train.data.index import ShardIndex, read_encoding
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.transforms import Transform
 from kontext_train.models.config import EncoderDtype, EncodersConfig
@@ -89,12 +91,13 @@ def encode_shards(
     index = ShardIndex.open(source)
     if index.encoding is not None:
         raise ValueError(f"{source} holds encoded shards already. Give the folder of shards that they were made from")
+    shards = flat_rows(index)
     transform = Transform.of(data, encoders.pixels_per_token(), seed=0)
     encoding = describe_encoding(encoders, transform, t5, index.digest)
     out.mkdir(parents=True, exist_ok=True)
     begun = _check_same(out, encoding)
     number, sharers = share
-    mine = index.shard_rows()[number::sharers]
+    mine = shards[number::sharers]
     todo = [(name, rows) for name, rows in mine if not (out / name).exists()]
     report = EncodeReport(kept=len(mine) - len(todo))
     if todo:
@@ -112,7 +115,7 @@ def encode_shards(
                     left.unlink(missing_ok=True)
                 report.shards += 1
         report.samples = sum(len(rows) for _, rows in todo) - len(report.bad)
-    if all((out / name).exists() for name, _ in index.shard_rows()):
+    if all((out / name).exists() for name, _ in shards):
         problems = build_index(out).problems
         if problems:
             raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")

@@ -15,10 +15,11 @@ from typing import IO, Any
 
 from data_tools.command import add_out, add_processes, command_parser, exit_status
 from data_tools.expression import NAMES, Clause, MissingField, parse_clauses
-from data_tools.scanning import scan, shard_digest
+from data_tools.scanning import flat_rows, scan, shard_digest
 from data_tools.shard_writing import Task, growing_folder, remove_others, replacing, run_tasks
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.shard import Problem, ScannedSample, Span, parse_sample_json
 
 _EXAMPLES = f"""an expression is a part of Python's:
@@ -69,7 +70,7 @@ def filter_shards(
         raise ValueError("there is neither an expression (--where) nor a list (--drop-list)")
     clauses = [clause.text for expression in where for clause in parse_clauses(expression)]
     index = ShardIndex.open(folder)
-    shards = [folder / name for name, _ in index.shard_rows()]  # not all of the folder's: it may hold others
+    shards = [folder / name for name, _ in flat_rows(index)]  # not all of the folder's: it may hold others
     encoding = None if index.encoding is None else digest_of(index.encoding)
     drop = _read_drop_lists(drop_lists, {shard.name for shard in shards})
     counts: dict[str, Any] = {"kept": 0, "listed": 0, "dropped": [0] * len(clauses), "missing": [0] * len(clauses)}

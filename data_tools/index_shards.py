@@ -10,7 +10,8 @@ import numpy as np
 
 from data_tools.command import at_least, command_parser, exit_status
 from kontext_train.data.config import is_url
-from kontext_train.data.index import IndexReport, ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import IndexReport, build_index
 
 _EXAMPLES = """examples:
   python -m data_tools.index_shards /data/edits

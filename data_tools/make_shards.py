@@ -16,7 +16,7 @@ from data_tools.command import add_out, add_processes, at_least, command_parser,
 from data_tools.rows import CONTEXT_DEFAULTS, BadRow, Columns, check_columns, sample_members
 from data_tools.shard_writing import Task, growing_folder, remove_others, replacing, run_tasks, write_shard
 from data_tools.tables import Chunk, Table
-from kontext_train.data.index import IndexReport, build_index
+from kontext_train.data.index_build import IndexReport, build_index
 
 _EXAMPLES = """the table, as CSV (context images separated by ';', none for text-to-image):
   target,prompt,context,source

@@ -5,21 +5,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from kontext_train.data.index import ShardIndex
 from kontext_train.data.shard import Problem, ScannedSample, scan_shard
 
 
-def folder_shards(folder: Path) -> list[Path]:
-    """Every *.tar directly in a folder, by name. Raises ValueError if there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the one that holds the shards (*.tar)")
-    paths = sorted(folder.glob("[!.]*.tar"))
-    if not paths:
-        raise ValueError(f"{folder} has no shards: no *.tar (uncompressed) is directly in it")
-    if strange := [path for path in paths if not path.is_file()]:  # opening a pipe would wait for ever
+def flat_rows(index: ShardIndex) -> list[tuple[str, range]]:
+    """(name, samples) of each shard. ValueError if one lies in a subfolder: its output would need one too."""
+    rows = index.shard_rows()
+    if below := [name for name, _ in rows if "/" in name]:
         raise ValueError(
-            f"{strange[0]} is not a file, or a link to none. Remove it or give it another suffix than .tar"
+            f"shard {below[0]} lies in a subfolder of {index.folder}. Give that folder, with an index of its own; or "
+            "link all shards into one folder (ln -s), and index that"
         )
-    return paths
+    return rows
 
 
 def scan(path: Path, encoding: str | None = None) -> Iterator[ScannedSample | Problem]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kontext_train.data.index import build_index
+from kontext_train.data.index_build import build_index
 from quickstart.make_dataset import write_shards
 
 torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, SampleReader
 from kontext_train.data.transforms import Transform
 from tests.data.test_index import write_tar

@@ -15,7 +15,8 @@ import webdataset
 from PIL import Image
 
 from kontext_train.data import index as index_module
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.shard import Problem, Span, read_image_hw
 from tests.runs import fork
 

@@ -11,7 +11,8 @@ import pyarrow.feather
 import pytest
 
 from benchmarks.index import mapped_bytes, write_synthetic
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.index_file import INDEX_NAME
 from tests.data.test_index import encoded, sample, write_tar
 

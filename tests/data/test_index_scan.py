@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kontext_train.data import index_scan
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.errors import StorageError
 from tests.data.test_index import sample, write_tar
 

@@ -17,7 +17,8 @@ import webdataset
 from PIL import Image
 
 from kontext_train.data import storage
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, SampleReader
 from kontext_train.data.transforms import Transform, fit_size
 from kontext_train.errors import StorageError

@@ -19,7 +19,8 @@ from data_tools import index_shards
 from kontext_train.data import cache as cache_module
 from kontext_train.data.cache import RangeCache
 from kontext_train.data.config import DataConfig, StorageConfig
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.loader import PackReader, train_batches
 from kontext_train.data.plan import Planner, Position
 from kontext_train.data.sample import SampleReader

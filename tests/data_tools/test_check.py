@@ -22,7 +22,7 @@ from data_tools.check_statistics import Histogram
 from data_tools.filter_shards import filter_shards
 from data_tools.near_duplicates import bit_distance, duplicate_groups, near_pairs
 from data_tools.shard_writing import write_shard
-from kontext_train.data.index import build_index
+from kontext_train.data.index_build import build_index
 from tests.runs import ENCODERS
 
 

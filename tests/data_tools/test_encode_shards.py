@@ -23,7 +23,8 @@ from kontext_train.data import encoded as encoded_module
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encoded import to_bytes
 from kontext_train.data.encoding import digest_of
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, SampleReader
 from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError

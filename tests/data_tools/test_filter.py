@@ -1,6 +1,7 @@
 """filter_shards: the language says what Python says and nothing else; samples come through byte for byte."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import filter_shards
+from data_tools import encode_shards, filter_shards
 from data_tools.expression import MissingField, parse_clauses
-from kontext_train.data.index import ShardIndex, build_index
+from kontext_train.data.config import DataConfig
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
+from kontext_train.models.config import EncodersConfig
+from tests.runs import ENCODERS
 
 SAMPLE: dict[str, Any] = {
     "key": "cats/7",
@@ -252,6 +257,23 @@ def test_command_counts_by_clause(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "samples kept, indexed" in lines[0]
     assert "not contexts == 1 or json.no == 1" in lines[1]
     assert lines[1].endswith("of them lack a field)")
+
+
+def test_shards_in_subfolders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    """Two of one name would be one in the output."""
+    for shard in folder.glob("*.tar"):
+        for place in ("a", "b"):
+            (folder / place).mkdir(exist_ok=True)
+            shutil.copy(shard, folder / place)
+    build_index(folder, shards=sorted(folder.rglob("*/*.tar")))
+    refused = r"shard a/\S+\.tar lies in a subfolder of .*ln -s"
+    with pytest.raises(ValueError, match=refused):
+        filter_shards.filter_shards(folder, tmp_path / "out", where=["width > 0"])
+    with pytest.raises(ValueError, match=refused):
+        encode_shards.encode_shards(
+            folder, tmp_path / "out", EncodersConfig(path=str(ENCODERS)), DataConfig(), t5=False
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_that_the_index_leaves_out_are_left_out(folder: Path, tmp_path: Path) -> None:

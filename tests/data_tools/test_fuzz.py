@@ -20,7 +20,8 @@ from PIL import Image
 
 from data_tools.check_shards import check_shards, measure_shard
 from data_tools.filter_shards import filter_shards
-from kontext_train.data.index import INDEX_NAME, ShardIndex, build_index
+from kontext_train.data.index import INDEX_NAME, ShardIndex
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, SampleReader
 from kontext_train.data.transforms import Transform
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from data_tools import index_shards, make_shards, shard_writing, tables
-from kontext_train.data.index import IndexReport, ShardIndex
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import IndexReport
 from kontext_train.data.sample import SampleReader
 from kontext_train.data.transforms import Transform
 

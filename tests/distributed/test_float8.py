@@ -70,7 +70,7 @@ def keep_gradients(config: ParallelConfig, file: Path) -> None:
     reference, packed = random_flux(WIDE), pack([random_sample(s, WIDE) for s in SHAPES])
     with process_group(config) as world:
         model = sharded_copy(reference, config, world)
-        grads = {k: g / world.size for k, g in gradients(model, packed).items()}
+        grads = {k: g / world.dp_size for k, g in gradients(model, packed).items()}
         if world.is_main:
             torch.save(grads, file)
 
@@ -92,6 +92,16 @@ def test_gradients_are_near_float32s_and_the_same_on_two_processes(recipe: Float
     expected, one, two = (torch.load(tmp_path / name) for name in ("float32", "1", "2"))
     assert 0.02 < distance(one, expected) < 0.2, "near, and not float32 by another name"
     assert distance(two, one) <= 1e-6
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_with_context_parallelism_gradients_are_as_near(recipe: Float8, tmp_path: Path) -> None:
+    """As near as without, but not the same: scales are those of each rank's own tokens."""
+    exact = ParallelConfig(param_dtype=Precision.float32)
+    in_processes(1, keep_gradients, exact, tmp_path / "float32")
+    in_processes(2, keep_gradients, replace(exact, cp=2, float8=recipe, **EMULATED), tmp_path / "cp")
+    expected, cp = (torch.load(tmp_path / name) for name in ("float32", "cp"))
+    assert 0.02 < distance(cp, expected) < 0.2
 
 
 def keep_bytes(config: ParallelConfig, file: Path) -> None:

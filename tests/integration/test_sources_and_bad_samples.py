@@ -10,7 +10,7 @@ import torch
 from kontext_train.config import TrainConfig
 from kontext_train.data import loader
 from kontext_train.data.batch import PixelBatch
-from kontext_train.data.index import build_index
+from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import resolve

@@ -14,7 +14,7 @@ import torchao.float8  # noqa: F401 - once, and not in every forked run
 
 from kontext_train.config import TrainConfig
 from kontext_train.data.batch import PixelBatch
-from kontext_train.data.index import build_index
+from kontext_train.data.index_build import build_index
 from kontext_train.data.loader import train_batches
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
@@ -134,8 +134,8 @@ def noting_visits(config: TrainConfig, folder: Path) -> None:
 def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp_path: Path) -> None:
     """Two steps on two processes, one on three, the rest of the epoch on one: each of 200 samples is seen once."""
     options = ("run.save_every_steps=1", "run.keep_checkpoints=100", "data.tokens_per_pack=128")
-    for steps, processes in ((2, 2), (3, 3), (90, 1)):
-        config = small_config(shards, tmp_path, f"run.steps={steps}", *options)
+    for steps, processes, workers in ((2, 2, 2), (3, 3, 1), (90, 1, 0)):
+        config = small_config(shards, tmp_path, f"run.steps={steps}", f"data.workers={workers}", *options)
         in_processes(processes, noting_visits, config, tmp_path)
     records = [checkpoint.read_record(p) for p in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
     assert max(len(r["position"]["legs"]) for r in records) == 3, "the changes fell between windows"
