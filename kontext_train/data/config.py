@@ -67,7 +67,7 @@ class DataConfig:
     max_upscale: float = 1.0  # an image that had to grow more than this a side keeps its own size; 1 enlarges none
     crop: Crop = Crop.center  # where the few pixels go that the resized image has too many
     background: list[int] = field(default_factory=lambda: [255, 255, 255])  # RGB, seen through transparency
-    tokens_per_pack: int = 16_384  # budget of one forward pass on one GPU: text + target + context tokens
+    tokens_per_pack: int = 32_768  # budget of one forward pass on one GPU: text + target + context tokens
     pad_packs: bool = False  # pad every pack to tokens_per_pack, so that compiled code is specialised for one length
     window_samples: int = 65_536  # samples are mixed and packed among so many; 16 steps' worth or more balance well
     prompt_dropout: float = 0.1  # share of samples trained with the empty prompt, for classifier-free guidance

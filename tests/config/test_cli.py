@@ -28,7 +28,7 @@ def kontext_train(*arguments: str, processes: int | None = None) -> subprocess.C
 def test_help_and_config_answer_without_anything_heavy(arguments: list[str]) -> None:
     done = kontext_train(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "tokens_per_pack: 16384" in done.stdout
+    assert "tokens_per_pack: 32768" in done.stdout
     assert "reduce_dtype: float32" in done.stdout
     if arguments == ["--help"]:
         assert "run.dir='outputs/lr_${optimizer.lr}'" in done.stdout
