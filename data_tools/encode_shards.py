@@ -239,7 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max-upscale", metavar="X", type=float, default=data.max_upscale, help="(default: %(default)s)")
     add("--background", metavar="V", type=int, nargs=3, default=data.background, help="RGB (default: 255 255 255)")
     add("--samples-at-once", metavar="N", type=at_least(1), default=4, help="in one pass (default: %(default)s)")
-    add("--processes", metavar="N", type=at_least(0), default=4, help="that read images (default: %(default)s)")
+    add(
+        "--processes",
+        metavar="N",
+        type=at_least(0),
+        default=min(4, os.cpu_count() or 1),
+        help="that read images (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     return exit_status(lambda: _run(arguments))
 
