@@ -68,6 +68,8 @@ def growing_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists and is not an empty folder, or another process is writing it.
     """
+    if (out / SCRATCH).is_dir():  # a run was killed when all was done but this
+        _clean_up(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out is {out}, which exists and is not an empty folder. Remove it or give another one")
     out = Path(os.path.abspath(out))  # "." has no name to derive another from
@@ -89,8 +91,12 @@ def growing_folder(out: Path) -> Iterator[Path]:
                 shutil.rmtree(partial)  # nothing is lost
             raise
         os.replace(partial, out)
+    _clean_up(out)
+
+
+def _clean_up(out: Path) -> None:
+    (out / _LOCK).unlink(missing_ok=True)
     shutil.rmtree(out / SCRATCH, ignore_errors=True)
-    (out / _LOCK).unlink()
 
 
 def remove_others(partial: Path, names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools import shard_writing
 from data_tools.shard_writing import Task, growing_folder, replacing, run_tasks, write_shard
 
 
@@ -124,6 +125,22 @@ def test_record_counts_only_for_the_same_task(tmp_path: Path) -> None:
         assert run("2", partial) == [{"given": "2"}]
     assert calls == ["1", "2", "bad", "2"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_kill_while_the_finished_folder_is_tidied_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(out: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writing, "_clean_up", killed)
+        with pytest.raises(KeyboardInterrupt), growing_folder(tmp_path / "out") as partial:
+            (partial / "a.tar").touch()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.tar", ".done", ".lock"}
+    with pytest.raises(ValueError, match="out, which exists"), growing_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.tar"]
 
 
 def test_file_is_whole_or_not_there(tmp_path: Path) -> None:
