@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh dev
-export OMP_NUM_THREADS=1  # tests run one at a time on few cores; numbers must not depend on how many
+export OMP_NUM_THREADS=1  # numbers must not depend on how many cores there are
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
