@@ -17,7 +17,7 @@ from kontext_train.data.config import DataConfig, SourceConfig, is_url
 from kontext_train.distributed.config import ParallelConfig, Precision
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
-from kontext_train.models.config import EncodersConfig, FluxConfig, block_linears
+from kontext_train.models.config import EncodersConfig, FluxConfig, GuidanceIn, block_linears
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     EMAConfig,
@@ -34,7 +34,8 @@ from kontext_train.training.config import (
 class WeightsConfig:
     """Where each role starts from."""
 
-    student: str | None = None  # safetensors with released names (file or folder); none starts from random weights
+    student: str | None = None  # a released file, a diffusers folder or an export; none starts from random weights
+    guidance_in: GuidanceIn = GuidanceIn.require  # whether the student's guidance embedding is the file's
 
 
 @dataclass(slots=True)
@@ -128,6 +129,7 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
         rule = f"must be a multiple of parallel.cp={config.parallel.cp}, so that all ranks have equal parts"
         raise ConfigError("data.tokens_per_pack", config.data.tokens_per_pack, rule, "Round it")
     _check_master_dtype(config)
+    _check_guidance_in(config)
     if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
         rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
         raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
@@ -158,6 +160,17 @@ def check(config: TrainConfig, world_size: int) -> None:
     for key, folder in folders.items():
         if not (folder and (is_url(folder) or Path(folder).is_dir())):
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")
+
+
+def _check_guidance_in(config: TrainConfig) -> None:
+    choice, embeds = config.weights.guidance_in, config.model.guidance_embed
+    if choice is not GuidanceIn.require and config.weights.student is None:
+        rule = "is about weights that are read, and weights.student is not given"
+        raise ConfigError("weights.guidance_in", choice.value, rule, "Give weights.student, or use require")
+    if (choice is GuidanceIn.add and not embeds) or (choice is GuidanceIn.drop and embeds):
+        rule = f"contradicts model.guidance_embed={str(embeds).lower()}"
+        hint = f"Set model.guidance_embed={str(not embeds).lower()}, or weights.guidance_in=require"
+        raise ConfigError("weights.guidance_in", choice.value, rule, hint)
 
 
 def _check_master_dtype(config: TrainConfig) -> None:

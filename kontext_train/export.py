@@ -1,9 +1,9 @@
-"""kontext-export: the weights of a checkpoint as one safetensors file with released names."""
+"""kontext-export: the weights of a checkpoint in the form that other programs read."""
 
-import json
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,15 +12,27 @@ from yaml import YAMLError
 from kontext_train.errors import ConfigError
 
 USAGE = """\
-kontext-export checkpoint=PATH out=FILE.safetensors [weights=ema|raw] [dtype=bfloat16|float32]
+kontext-export checkpoint=PATH out=PATH [format=bfl|diffusers] [key=value ...]
 
-  checkpoint=PATH   a run folder (its newest checkpoint) or a step folder
-  out=FILE          one file with the parameter names of the released FLUX.1 files; it carries the training config
-  weights=ema       averaged weights where the run kept them (default), or raw
-  dtype=bfloat16    as released (default), or float32
+  checkpoint=PATH     a run folder (its newest checkpoint), a step folder, or an earlier export
+  format=bfl          names of the released FLUX.1 files (default); out=FILE.safetensors is one file, out=FOLDER has
+                      parts with an index
+  format=diffusers    out=FOLDER, which diffusers.FluxKontextPipeline.from_pretrained loads
+  weights=ema         averaged weights where the run kept them (default), or raw
+  dtype=bfloat16      as released (default), float32, or (bfl) float8: e4m3 with a scale for each matrix of the blocks
+  max_shard_gb=10     size of the files in a folder, 10^9 bytes
+  encoders=PATH       (diffusers) where autoencoder, text encoders and tokenizers are copied from, if not from the run's
+                      encoders.path; encoders=none writes the transformer alone
 
-Needs no GPU and not the number of processes that trained.
+The training config and the digest of the data are in the files and in the model card. Needs no GPU, not the number of
+processes that trained, and memory for a few GB of weights. See docs/weights.md.
 """
+DEFAULT_SHARD_GB = 10.0
+
+
+class Format(Enum):
+    bfl = "bfl"
+    diffusers = "diffusers"
 
 
 class Weights(Enum):
@@ -31,6 +43,7 @@ class Weights(Enum):
 class StorageDtype(Enum):
     bfloat16 = "bfloat16"
     float32 = "float32"
+    float8 = "float8"
 
 
 @dataclass(slots=True)
@@ -39,12 +52,47 @@ class ExportConfig:
     out: str = ""
     weights: Weights = Weights.ema
     dtype: StorageDtype = StorageDtype.bfloat16
+    format: Format = Format.bfl
+    max_shard_gb: float | None = None  # DEFAULT_SHARD_GB in a folder
+    encoders: str | None = None  # the run's
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise ConfigError("checkpoint", self.checkpoint, "must be given", "A run folder, for example")
-        if not self.out.endswith(".safetensors"):
-            raise ConfigError("out", self.out, "must end in .safetensors", "For example out=model.safetensors")
+        if not self.out:
+            raise ConfigError("out", self.out, "must be given", "For example out=model.safetensors")
+        if self.max_shard_gb is not None and not self.max_shard_gb > 0:
+            raise ConfigError("max_shard_gb", self.max_shard_gb, "must be above 0", "10 is usual")
+        if self.one_file and self.max_shard_gb is not None:
+            rule = f"splits what goes into a folder, and out={self.out} is one file"
+            raise ConfigError("max_shard_gb", self.max_shard_gb, rule, "Give a folder as out, or leave it out")
+        if (
+            not self.one_file
+            and Path(self.out).exists()
+            and (Path(self.out).is_file() or any(Path(self.out).iterdir()))
+        ):
+            raise ConfigError("out", self.out, "exists and is not an empty folder", "Give a new folder")
+        if self.format is Format.diffusers:
+            self._check_diffusers()
+        elif self.encoders is not None:
+            rule = "are part of a diffusers pipeline, and format=bfl holds the transformer alone"
+            raise ConfigError("encoders", self.encoders, rule, "Leave it out, or use format=diffusers")
+
+    def _check_diffusers(self) -> None:
+        if self.one_file:
+            raise ConfigError("out", self.out, "must be a folder with format=diffusers", "For example out=pipeline")
+        if self.dtype is StorageDtype.float8:
+            rule = "is not for format=diffusers, which knows no scales and would lose three bits of small weights"
+            hint = "Export bfloat16 and call transformer.enable_layerwise_casting(), or use format=bfl"
+            raise ConfigError("dtype", self.dtype.value, rule, hint)
+
+    @property
+    def one_file(self) -> bool:
+        return self.out.endswith(".safetensors")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return int((self.max_shard_gb or DEFAULT_SHARD_GB) * 1e9)
 
 
 def main() -> None:
@@ -65,18 +113,35 @@ def main() -> None:
 
 
 def export(config: ExportConfig) -> None:
+    """Write what is asked for; says in one line what that was."""
     import torch
 
-    from kontext_train.evaluation.trained import EXPORT_CONFIG, load_model, read_config, resolve
-    from kontext_train.models.weights import save
+    from kontext_train.evaluation.exported import Source, check_encoders, write_pipeline, write_released
+    from kontext_train.evaluation.trained import resolve
 
-    path = resolve(config.checkpoint)
-    run = read_config(path)
-    model = load_model(path, run, ema=config.weights is Weights.ema)
-    dtype = getattr(torch, config.dtype.value)
-    tensors = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-    save(tensors, config.out, {EXPORT_CONFIG: json.dumps(run)})
-    print(f"{config.out}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, from {path}")
+    dtypes = {
+        StorageDtype.bfloat16: torch.bfloat16,
+        StorageDtype.float32: torch.float32,
+        StorageDtype.float8: torch.float8_e4m3fn,
+    }
+    dtype = dtypes[config.dtype]
+    source = Source.of(resolve(config.checkpoint), ema=config.weights is Weights.ema)
+    if config.weights is Weights.raw and source.origin.weights == "ema":
+        rule = f"but {source.path} is an export of averaged weights"
+        raise ConfigError("weights", "raw", rule, "Export from the checkpoint")
+    out = Path(config.out)
+    match config.format:
+        case Format.bfl:
+            count = write_released(source, out, dtype, None if config.one_file else config.max_shard_bytes)
+            what = "released names"
+        case Format.diffusers:
+            encoders = None
+            if config.encoders != "none":
+                encoders = Path(config.encoders or source.config["encoders"]["path"])
+                check_encoders(encoders)
+            count = write_pipeline(source, out, dtype, config.max_shard_bytes, encoders)
+            what = "a diffusers pipeline" if encoders else "the transformer of a diffusers pipeline"
+    print(f"{out}: {what}, {count:,} parameters, {config.dtype.value}, {source.origin.weights}, from {source.path}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def train(config: TrainConfig) -> None:
             pass  # trainer.load fills every parameter, or raises
         elif config.weights.student is not None:
             try:
-                load(student, config.weights.student)
+                load(student, config.weights.student, config.weights.guidance_in, config.run.seed)
             except ValueError as error:
                 rule = "must hold exactly this model's parameters"
                 raise ConfigError("weights.student", config.weights.student, rule, str(error)) from error

@@ -1,14 +1,13 @@
 """A trained model, its encoders and its settings, from a checkpoint or an export: one process, no sharding."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import safe_open
 from torch import Tensor
 
 from kontext_train.data.config import Crop, DataConfig
@@ -20,10 +19,14 @@ from kontext_train.generate import Request, generate
 from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention, usable_backend
 from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxConfig
 from kontext_train.models.flux import Flux
-from kontext_train.models.weights import load
+from kontext_train.models.safetensors_files import holds_weights, read_metadata
+from kontext_train.models.weights import StoredParameters, load
 from kontext_train.training import checkpoint
 
-EXPORT_CONFIG = "kontext_train_config"  # safetensors metadata key of an export
+# safetensors metadata keys of an export, both JSON
+EXPORT_CONFIG = "kontext_train_config"
+EXPORT_ORIGIN = "kontext_train_origin"
+GROUP_BYTES = 2**30  # of float32 weights that `stream_parameters` holds at once
 
 
 @dataclass(slots=True)
@@ -49,10 +52,19 @@ class Trained:
         )
 
 
+@dataclass(slots=True)
+class Origin:
+    """Where exported weights come from. None: an export of an early release does not say."""
+
+    weights: str | None = None  # ema or raw
+    step: int | None = None
+    plan: str | None = None  # digest of the data plan: shards, shares, sizes and dropouts
+
+
 def resolve(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run folder, or an exported file. ConfigError otherwise."""
+    """A checkpoint folder, or the newest complete one of a run folder, or an export. ConfigError otherwise."""
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if holds_weights(path):
         return path
     newest = checkpoint.complete_checkpoints(path / "checkpoints")
     if newest:
@@ -63,14 +75,21 @@ def resolve(path: str | Path) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The composed training config that a checkpoint or an export carries."""
-    if path.is_dir():
+    if not holds_weights(path):
         return checkpoint.read_record(path)["config"]
-    with safe_open(path, framework="pt") as opened:
-        metadata = opened.metadata() or {}
+    metadata = read_metadata(path)
     if EXPORT_CONFIG not in metadata:
         rule = "was not exported by kontext-export: it does not say which model it holds"
-        raise ConfigError("checkpoint", str(path), rule, "Give a checkpoint folder or a file that kontext-export wrote")
+        raise ConfigError("checkpoint", str(path), rule, "Give a checkpoint folder or what kontext-export wrote")
     return json.loads(metadata[EXPORT_CONFIG])
+
+
+def read_origin(path: Path, config: dict[str, Any], ema: bool) -> Origin:
+    """Of the weights that `load_model` and `stream_parameters` would give."""
+    if holds_weights(path):
+        return Origin(**json.loads(read_metadata(path).get(EXPORT_ORIGIN, "{}")))
+    record = checkpoint.read_record(path)
+    return Origin("ema" if _averaged(config, ema) else "raw", record["step"], record["plan"])
 
 
 def section(kind: type, values: dict[str, Any]) -> Any:
@@ -78,19 +97,61 @@ def section(kind: type, values: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
 
 
+def empty_model(config: dict[str, Any], attention: AttentionFunction = cpu_attention) -> Flux:
+    """The network of a run, on the meta device."""
+    with torch.device("meta"):
+        return Flux(section(FluxConfig, config["model"]), attention)
+
+
 def load_model(path: Path, config: dict[str, Any], ema: bool, attention: AttentionFunction = cpu_attention) -> Flux:
     """The float32 network of a checkpoint (of its averaged weights, if ema) or of an export, on the CPU."""
-    model_config = section(FluxConfig, config["model"])
-    with torch.device("meta"):
-        model = Flux(model_config, attention)
+    model = empty_model(config, attention)
     model.to_empty(device="cpu")
-    if not path.is_dir():
+    if holds_weights(path):
         load(model, path)
-        return model
-    tensors = dict(model.named_parameters())
-    averaged = ema and config["ema"]["half_life_images"] > 0
-    checkpoint.load(path, {"ema": tensors} if averaged else {"modules": {"student": tensors}})
+    else:
+        _load_checkpoint(path, config, ema, dict(model.named_parameters()))
     return model
+
+
+def stream_parameters(path: Path, config: dict[str, Any], ema: bool) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `load_model` by name, without ever holding more than GROUP_BYTES or the largest of them."""
+    model = empty_model(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if holds_weights(path):
+        stored = StoredParameters(model, path)
+        for name, shape in shapes.items():
+            yield name, stored.rows(name, 0, shape[0]).float()
+        return
+    for group in _groups(shapes):
+        tensors = {name: torch.empty(shapes[name]) for name in group}
+        _load_checkpoint(path, config, ema, tensors)
+        while tensors:
+            name = next(iter(tensors))
+            yield name, tensors.pop(name)
+
+
+def _groups(shapes: dict[str, torch.Size]) -> list[list[str]]:
+    """Names in order, as many together as GROUP_BYTES allow: each load of a checkpoint reads its index again."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        size = 4 * shape.numel()
+        if groups[-1] and held + size > GROUP_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _load_checkpoint(path: Path, config: dict[str, Any], ema: bool, tensors: dict[str, Tensor]) -> None:
+    averaged = _averaged(config, ema)
+    checkpoint.load(path, {"ema": tensors} if averaged else {"modules": {"student": tensors}})
+
+
+def _averaged(config: dict[str, Any], ema: bool) -> bool:
+    return ema and config["ema"]["half_life_images"] > 0
 
 
 def load_trained(

@@ -81,6 +81,14 @@ def block_linears(config: FluxConfig) -> list[dict[str, tuple[int, int]]]:
     return [double, {"linear1": (d, 3 * d + mlp), "linear2": (d + mlp, d), "modulation.lin": (d, 3 * d)}]
 
 
+class GuidanceIn(Enum):
+    """What becomes of `guidance_in`, which dev and Kontext-dev have and schnell has not, when weights are read."""
+
+    require = "require"  # file and model must agree
+    add = "add"  # the file has none and the model gets one that changes no output at first
+    drop = "drop"  # the file's is left out
+
+
 class EncoderDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
