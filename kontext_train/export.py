@@ -66,11 +66,8 @@ class ExportConfig:
         if self.one_file and self.max_shard_gb is not None:
             rule = f"splits what goes into a folder, and out={self.out} is one file"
             raise ConfigError("max_shard_gb", self.max_shard_gb, rule, "Give a folder as out, or leave it out")
-        if (
-            not self.one_file
-            and Path(self.out).exists()
-            and (Path(self.out).is_file() or any(Path(self.out).iterdir()))
-        ):
+        out = Path(self.out)
+        if not self.one_file and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
             raise ConfigError("out", self.out, "exists and is not an empty folder", "Give a new folder")
         if self.format is Format.diffusers:
             self._check_diffusers()

@@ -14,7 +14,7 @@ from kontext_train.flow.config import SamplerConfig
 USAGE = """\
 kontext-sample checkpoint=PATH prompt=TEXT [prompt=TEXT ...] [context=IMAGE ...] [key=value ...]
 
-  checkpoint=PATH        a run folder, a step folder, or a .safetensors file that kontext-export wrote
+  checkpoint=PATH        a run folder, a step folder, or what kontext-export wrote (a file or a folder)
   prompt=TEXT            what to make or change; each further prompt edits the result of the one before
   context=IMAGE          an image to edit or refer to; give several, or none for text-to-image
   out=FILE               sample.png by default; with several prompts sample.0.png, sample.1.png, ...
