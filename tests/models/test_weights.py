@@ -134,8 +134,8 @@ def test_float8_is_read_with_and_without_scales(tmp_path: Path) -> None:
 
 def check_own_rows(files: list[Path], config: FluxConfig, sizes: dict[str, int]) -> None:
     expected = load_file(files[0])
-    for file in files:
-        with process_group(ParallelConfig(**sizes)) as world:  # type: ignore[arg-type]
+    with process_group(ParallelConfig(**sizes)) as world:  # type: ignore[arg-type]
+        for file in files:
             with torch.device("meta"):
                 model = Flux(config)
             parallelize(model, world.mesh, ParallelConfig())
@@ -161,7 +161,7 @@ def test_planned_files_are_full_and_no_fuller() -> None:
     specs = [Spec(name, (size,), torch.float32) for name, size in (("a", 2), ("b", 2), ("c", 9), ("d", 1), ("e", 3))]
     plan = plan_files(specs, "model", 16)
     assert [[s.name for s in part] for part in plan.values()] == [["a", "b"], ["c"], ["d", "e"]]
-    assert list(plan)[0] == "model-00001-of-00003.safetensors"
+    assert next(iter(plan)) == "model-00001-of-00003.safetensors"
     assert list(plan_files(specs, "model", None)) == list(plan_files(specs, "model", 68)) == ["model.safetensors"]
 
 

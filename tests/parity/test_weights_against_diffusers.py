@@ -92,4 +92,4 @@ def test_the_config_makes_their_network(guidance: bool) -> None:
     theirs = FluxTransformer2DModel.from_config(transformer_config(model.config))
     expected = parity.to_diffusers(model)
     assert {n: p.shape for n, p in theirs.named_parameters()} == {n: p.shape for n, p in expected.named_parameters()}
-    assert theirs.config.axes_dims_rope == expected.config.axes_dims_rope
+    assert tuple(theirs.config.axes_dims_rope) == expected.config.axes_dims_rope
