@@ -94,6 +94,8 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("data.validation=/nowhere", 1, r"data\.validation='/nowhere': must be a folder"),
         ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
         ("weights.student=/nowhere", 1, r"weights\.student='/nowhere': must exist"),
+        ("weights.guidance_in=add", 1, r"weights\.guidance_in='add': is about weights that are read"),
+        ("weights={student: x, guidance_in: add}", 1, r"guidance_in='add': contradicts model\.guidance_embed=false"),
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
         ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
         ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
