@@ -79,7 +79,7 @@ class ExportConfig:
         if self.one_file:
             raise ConfigError("out", self.out, "must be a folder with format=diffusers", "For example out=pipeline")
         if self.dtype is StorageDtype.float8:
-            rule = "is not for format=diffusers, which knows no scales and would lose three bits of small weights"
+            rule = "is not for format=diffusers, which has no place for scales, and small weights need them"
             hint = "Export bfloat16 and call transformer.enable_layerwise_casting(), or use format=bfl"
             raise ConfigError("dtype", self.dtype.value, rule, hint)
 

@@ -64,20 +64,26 @@ class Origin:
 def resolve(path: str | Path) -> Path:
     """A checkpoint folder, or the newest complete one of a run folder, or an export. ConfigError otherwise."""
     path = Path(path)
-    if holds_weights(path):
-        return path
-    newest = checkpoint.complete_checkpoints(path / "checkpoints")
+    newest = checkpoint.complete_checkpoints(path / "checkpoints")  # even where an export lies beside them
     if newest:
         return newest[-1]
-    checkpoint.read_record(path)
+    if not holds_weights(path):
+        checkpoint.read_record(path)
     return path
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / checkpoint.COMPLETE).is_file()
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The composed training config that a checkpoint or an export carries."""
-    if not holds_weights(path):
+    if _is_checkpoint(path):
         return checkpoint.read_record(path)["config"]
-    metadata = read_metadata(path)
+    try:
+        metadata = read_metadata(path)
+    except ValueError as error:
+        raise ConfigError("checkpoint", str(path), "cannot be read", str(error)) from error
     if EXPORT_CONFIG not in metadata:
         rule = "was not exported by kontext-export: it does not say which model it holds"
         raise ConfigError("checkpoint", str(path), rule, "Give a checkpoint folder or what kontext-export wrote")
@@ -86,7 +92,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_origin(path: Path, config: dict[str, Any], ema: bool) -> Origin:
     """Of the weights that `load_model` and `stream_parameters` would give."""
-    if holds_weights(path):
+    if not _is_checkpoint(path):
         return Origin(**json.loads(read_metadata(path).get(EXPORT_ORIGIN, "{}")))
     record = checkpoint.read_record(path)
     return Origin("ema" if _averaged(config, ema) else "raw", record["step"], record["plan"])
@@ -107,10 +113,10 @@ def load_model(path: Path, config: dict[str, Any], ema: bool, attention: Attenti
     """The float32 network of a checkpoint (of its averaged weights, if ema) or of an export, on the CPU."""
     model = empty_model(config, attention)
     model.to_empty(device="cpu")
-    if holds_weights(path):
-        load(model, path)
-    else:
+    if _is_checkpoint(path):
         _load_checkpoint(path, config, ema, dict(model.named_parameters()))
+    else:
+        load(model, path)
     return model
 
 
@@ -118,7 +124,7 @@ def stream_parameters(path: Path, config: dict[str, Any], ema: bool) -> Iterator
     """The parameters of `load_model` by name, without ever holding more than GROUP_BYTES or the largest of them."""
     model = empty_model(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if holds_weights(path):
+    if not _is_checkpoint(path):
         stored = StoredParameters(model, path)
         for name, shape in shapes.items():
             yield name, stored.rows(name, 0, shape[0]).float()

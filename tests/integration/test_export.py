@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_what_is_read_back_is_the_checkpoint(trained_run: Path, tmp_path: Path, 
     assert not list(tmp_path.rglob("*.partial*"))
 
 
+def test_an_export_inside_the_run_folder_is_not_taken_for_the_run(trained_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    export_to(trained_run, tmp_path / "run" / "model.safetensors")
+    assert resolve(tmp_path / "run").name == "step_00000002"
+    damaged = tmp_path / "run" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"checkpoint=.*cannot be read.*is not a whole safetensors file"):
+        export_to(damaged, tmp_path / "x.safetensors")
+
+
 def test_exports_are_exported_again_in_another_form(trained_run: Path, tmp_path: Path) -> None:
     pipeline = export_to(
         trained_run, tmp_path / "a", format=Format.diffusers, dtype=StorageDtype.float32, encoders="none"
@@ -250,7 +261,7 @@ def test_what_diffusers_has_no_option_for_is_refused(trained_run: Path, tmp_path
 
 def test_a_failed_export_leaves_nothing_under_its_name(trained_run: Path, tmp_path: Path) -> None:
     broken = replace(Source.of(resolve(trained_run), ema=True), path=tmp_path / "gone")
-    with pytest.raises(RuntimeError, match="gone cannot be read"):
+    with pytest.raises(ValueError, match="gone: no safetensors file there"):
         write_released(broken, tmp_path / "x.safetensors", torch.float32, None)
     assert not (tmp_path / "x.safetensors").exists()
     written = export_to(trained_run, tmp_path / "x.safetensors")  # what the failed one left is in no one's way

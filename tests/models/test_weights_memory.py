@@ -20,6 +20,7 @@ from kontext_train.evaluation.trained import Origin, load_model
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.weights import load
+from kontext_train.training.checkpoint import COMPLETE
 from tests.runs import compose_config, in_processes
 
 WIDE = FluxConfig(hidden_size=4096, num_heads=32, depth=1, depth_single_blocks=1)  # 0.94 billion parameters
@@ -116,6 +117,7 @@ def check_export(folder: Path) -> None:
     size = 4 * sum(shape.numel() for shape in shapes.values())
     assert size > 6e8
     dcp.save({"modules": {"student": {n: torch.zeros(s) for n, s in shapes.items()}}}, checkpoint_id=folder / "c")
+    (folder / "c" / COMPLETE).touch()
     trained.GROUP_BYTES = 2**26
     with Meter() as streamed:
         write_released(Source(folder / "c", config, False, Origin()), folder / "x.safetensors", torch.bfloat16, None)
