@@ -176,7 +176,11 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if out.suffix != ".safetensors":
         partial.replace(out)
         return
@@ -195,7 +199,6 @@ def model_card(source: Source, name: str, parameters: int, dtype: torch.dtype, u
     averaged = {"ema": "averaged (EMA)", "raw": "as trained, not averaged", None: "not recorded"}[origin.weights]
     config_yaml = OmegaConf.to_yaml(OmegaConf.create(config))
     return f"""---
-library_name: diffusers
 pipeline_tag: image-to-image
 tags: [image-editing, flux, kontext]
 ---

@@ -94,8 +94,9 @@ class StoredParameters:
                 self.added = {name for name in wanted if name.startswith("guidance_in.")}
             case GuidanceIn.drop:
                 names -= embedder
+        theirs, hidden = is_diffusers(names), model.config.hidden_size
         self._recipe = {
-            name: _rows_of(name, parameter, model, names)
+            name: stored_rows(name, len(parameter), hidden) if theirs else [Rows(name, 0, len(parameter))]
             for name, parameter in wanted.items()
             if name not in self.added
         }
@@ -141,12 +142,6 @@ def _fill_added(name: str, parameter: Tensor, config: InitConfig, seed: int) -> 
         _local(parameter).zero_()
     else:
         assign(parameter, initial_tensor(name, parameter.shape, config, generator(seed, "init", name)))
-
-
-def _rows_of(name: str, parameter: Tensor, model: Flux, names: set[str]) -> list[Rows]:
-    if is_diffusers(names):
-        return stored_rows(name, parameter.shape[0], model.config.hidden_size)
-    return [Rows(name, 0, parameter.shape[0])]
 
 
 def _overlap(pieces: list[Rows], start: int, stop: int) -> list[Rows]:
