@@ -70,6 +70,8 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("parallel={float8: tensorwise, cpu_offload: true}", r"parallel\.float8='tensorwise': needs its scales where"),
         ("parallel.float8_min_features=0", r"parallel\.float8_min_features=0: must be at least 1"),
         ("optimizer.lr=nan", r"optimizer\.lr=nan"),
+        ("+health.spike_mad=3", r"health\.spike_mad=3: is no option"),
+        ("{profiler.steps: 1, profiler.ranks: [0,1]}", r"profiler\.ranks=\[0, 1\]: must be some of the ranks 0 to 0"),
         ("optimizer.betas=[0.9,1.5]", r"optimizer\.betas=.*1\.5.*must be at least 0 and below 1"),
         ("schedule.final_factor=-3", r"schedule\.final_factor=-3"),
         ("data.max_bad_fraction=2", r"data\.max_bad_fraction=2\.0: is a probability"),
