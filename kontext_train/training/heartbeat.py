@@ -49,7 +49,7 @@ class Heartbeat:
         self.at(self.here[0], phase)
         self.ended.set()
         if self.file is not None:
-            self.thread.join(self.every_s)
+            self.thread.join(EVERY_S)  # unless its file system hangs
 
     def _beat(self) -> None:
         told = last = False

@@ -95,9 +95,13 @@ def test_the_heartbeat_is_rare_however_often_the_loop_moves(tmp_path: Path, monk
 
 @pytest.mark.parametrize(("error", "phase"), [(SystemExit(75), "stopped"), (RuntimeError("lost"), "failed")])
 def test_the_last_beat_says_how_it_ended(tmp_path: Path, error: BaseException, phase: str) -> None:
-    with pytest.raises(type(error), match=str(error)), heartbeat(tmp_path / "beat.json") as beats:
-        beats.at(7, "data")
-        raise error
+    def ends() -> None:
+        with heartbeat(tmp_path / "beat.json") as beats:
+            beats.at(7, "data")
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        ends()
     assert beat(tmp_path / "beat.json") == (7, phase)
 
 
@@ -169,7 +173,7 @@ def checkout(tmp_path: Path) -> Path:
     package = tmp_path / "repository" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("one\n")
-    git(package, "init", "--quiet")
+    git(package.parent, "init", "--quiet")
     git(package, "add", ".")
     git(package, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
     return package
