@@ -70,6 +70,7 @@ class Heartbeat:
         step, phase, entered = self.here
         process = {"host": socket.gethostname(), "pid": os.getpid()}
         beat = {"step": step, "phase": phase, "entered": entered, "written": time.time()} | process
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_name(f"{self.file.name}.partial")
         partial.write_text(json.dumps(beat))
         partial.replace(self.file)

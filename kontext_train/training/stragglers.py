@@ -13,8 +13,8 @@ On a GPU, train and update are timed by events, read at a log step only.
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, cast
@@ -39,7 +39,8 @@ class Stragglers:
         """factor: times the median that is slow; 0 measures nothing. models: those that train."""
         self.factor, self.world = factor, world
         self.measures = factor > 0 and world.size > 1
-        self.spans: list[tuple[str, Mark, Mark]] = []
+        self.sums = dict.fromkeys(PARTS, 0.0)  # seconds since the last log step
+        self.spans: deque[tuple[str, Mark, Mark]] = deque()  # those not in the sums yet
         self.slow_for: dict[tuple[str, int], int] = defaultdict(int)  # log steps in a row, by part and rank
         self.since = time.perf_counter()
         for block in (b for model in models if self.measures for b in cast(HasBlocks, model).blocks()):
@@ -52,6 +53,7 @@ class Stragglers:
         started = self._mark(part)
         yield
         self._note(part, started)
+        self._fold(lambda ended: isinstance(ended, float) or ended.query())
 
     def _enter(self, block: nn.Module, inputs: Any) -> None:
         if torch.is_grad_enabled():  # not in validation
@@ -93,11 +95,15 @@ class Stragglers:
 
     def _seconds(self) -> list[float]:
         """Of this rank in each part; forgets them."""
-        sums = dict.fromkeys(PARTS, 0.0)
-        for part, started, ended in self.spans:
-            sums[part] += _between(started, ended)
-        self.spans.clear()
-        return [sums[part] for part in PARTS]
+        self._fold(_waited_for)
+        seconds, self.sums = list(self.sums.values()), dict.fromkeys(PARTS, 0.0)
+        return seconds
+
+    def _fold(self, is_over: Callable[[Mark], bool]) -> None:
+        """Add the oldest spans to the sums, as far as they are over, so that few events are kept."""
+        while self.spans and is_over(self.spans[0][2]):
+            part, started, ended = self.spans.popleft()
+            self.sums[part] += _between(started, ended)
 
     def _judge(self, part: str, rank: int, seconds: float, middle: float, wall: float) -> None:
         slow = seconds > self.factor * middle and seconds - middle > NOTICEABLE * wall
@@ -110,10 +116,16 @@ class Stragglers:
             )
 
 
+def _waited_for(mark: Mark) -> bool:
+    """At a log step, which has waited for the device before."""
+    if not isinstance(mark, float):
+        mark.synchronize()
+    return True
+
+
 def _between(started: Mark, ended: Mark) -> float:
     if isinstance(started, float) and isinstance(ended, float):
         return ended - started
     assert isinstance(started, torch.cuda.Event)
     assert isinstance(ended, torch.cuda.Event)
-    ended.synchronize()  # long over at a log step, which has waited for the device
     return started.elapsed_time(ended) / 1000

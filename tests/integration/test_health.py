@@ -92,11 +92,11 @@ def test_a_spike_is_skipped_as_if_there_were_no_update_and_resumes_bitwise(
 ) -> None:
     """Data steps 7 and 10 have a loss a thousand times too large. The window is full after four steps."""
     poison(1000, [7, 10])
-    policy = (*SPIKES, "health.spike_mads=50")
+    policy = (*SPIKES, "health.spike_mads=200")
     train(small_config(shards, tmp_path / "policy", *policy))
     assert [(e["event"], e["step"]) for e in events(tmp_path / "policy")] == [("skipped", 6), ("skipped", 9)]
     assert all(
-        e["loss"] > 100 * e["loss_limit"] and len(e["packs"][0]["samples"]) > 0 for e in events(tmp_path / "policy")
+        e["loss"] > 5 * e["loss_limit"] and len(e["packs"][0]["samples"]) > 0 for e in events(tmp_path / "policy")
     )
     logged = {
         r["step"]: r["health/skipped"] for r in read_metrics(tmp_path / "policy" / "metrics.jsonl") if "loss" in r
@@ -125,7 +125,7 @@ def test_a_spike_is_skipped_as_if_there_were_no_update_and_resumes_bitwise(
 
 def test_too_many_skips_end_the_run_or_roll_it_back(shards: Path, tmp_path: Path) -> None:
     poison(1000, [6, 7, 8])
-    policy = (*SPIKES, "health.spike_mads=50", "health.max_skips=2")
+    policy = (*SPIKES, "health.spike_mads=200", "health.max_skips=2")
     with pytest.raises(
         Unstable, match=r"step 7, .*3 updates of the last 4 steps were skipped, health\.max_skips=2 are"
     ):
@@ -248,7 +248,7 @@ def test_a_run_folder_explains_each_start(shards: Path, tmp_path: Path, monkeypa
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     train(small_config(shards, tmp_path, "run.steps=1"))
-    train(small_config(shards, tmp_path, "run.steps=2", "health.max_skips=3"))
+    train(small_config(shards, tmp_path, "run.steps=2", "health.straggler_factor=2"))
     first, second = sorted((tmp_path / "starts").iterdir())
     assert (first.name, second.name) == ("0001", "0002")
     start = json.loads((second / "start.json").read_text())
