@@ -78,7 +78,8 @@ def _by_host(ranks: list[tuple[str, str | None]]) -> dict[str, dict[str, list[An
 def environment() -> dict[str, Any]:
     """Of this process, as JSON-able values."""
     driver = Path("/proc/driver/nvidia/version")
-    installed = [distribution.metadata for distribution in distributions()]  # read and parsed whenever asked for
+    named = ((d.metadata["Name"], d.version) for d in distributions())
+    installed = sorted((name, number) for name, number in named if name)  # what a broken uninstall leaves has no name
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -90,7 +91,7 @@ def environment() -> dict[str, Any]:
         "flash_attn": _version("flash-attn"),
         "driver": driver.read_text().splitlines()[0] if driver.is_file() else None,
         "variables": {k: v for k, v in sorted(os.environ.items()) if is_told(k)},
-        "distributions": {m["Name"]: m["Version"] for m in sorted(installed, key=lambda m: m["Name"].lower())},
+        "distributions": dict(installed),
     }
 
 
