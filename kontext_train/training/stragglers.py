@@ -41,6 +41,7 @@ class Stragglers:
         self.measures = factor > 0 and world.size > 1
         self.sums = dict.fromkeys(PARTS, 0.0)  # seconds since the last log step
         self.spans: deque[tuple[str, Mark, Mark]] = deque()  # those not in the sums yet
+        self.entered: Mark = 0.0  # the block that runs
         self.slow_for: dict[tuple[str, int], int] = defaultdict(int)  # log steps in a row, by part and rank
         self.since = time.perf_counter()
         for block in (b for model in models if self.measures for b in cast(HasBlocks, model).blocks()):
@@ -50,6 +51,9 @@ class Stragglers:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
+        if not self.measures:
+            yield
+            return
         started = self._mark(part)
         yield
         self._note(part, started)
@@ -71,8 +75,7 @@ class Stragglers:
         return event
 
     def _note(self, part: str, started: Mark) -> None:
-        if self.measures:
-            self.spans.append((part, started, self._mark(part)))
+        self.spans.append((part, started, self._mark(part)))
 
     def metrics(self) -> dict[str, float]:
         """Of each part since the last call: the slowest rank, its seconds and the median. Every rank must call it."""
