@@ -153,11 +153,19 @@ def from_a_later_place(config: TrainConfig, steps: int) -> None:
     train(config)
 
 
+FLOAT8 = (
+    *("parallel.float8=tensorwise", "parallel.float8_emulate=true", "parallel.float8_min_features=16"),
+    *("parallel.master_dtype=bfloat16", "optimizer.stochastic_rounding=true", "optimizer.moments=int8"),
+    *("model.hidden_size=64", "model.axes_dim=[8,12,12]"),
+)
+
+
+@pytest.mark.parametrize("lean", [(), FLOAT8], ids=["plain", "float8"])
 def test_a_rollback_is_a_resume_past_the_bad_data_bit_by_bit(
-    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], lean: tuple[str, ...]
 ) -> None:
     """On two ranks; the seventh step of the data is poisoned on one of them, and the last checkpoint is of step 4."""
-    options = ("run.steps=10", "run.save_every_steps=4", "ema.half_life_images=50", ONE_WINDOW)
+    options = ("run.steps=10", "run.save_every_steps=4", "ema.half_life_images=50", ONE_WINDOW, *lean)
     policy = (*options, "health.max_rollbacks=1")
     in_processes(2, poisoned, small_config(shards, tmp_path / "run", *policy), float("nan"), [7], 1)
     bad, back = events(tmp_path / "run")
