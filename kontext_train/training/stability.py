@@ -91,8 +91,8 @@ class Stability:
             raise Unstable(
                 f"step {step}, phase {phase}: {len(self.skips)} updates of the last {self.config.spike_window} steps "
                 f"were skipped, health.max_skips={self.config.max_skips} are allowed. The last: {told}. {self.file} "
-                "names the samples. Lower optimizer.lr, raise health.spike_mads or max_skips, or set "
-                "health.max_rollbacks"
+                "names the samples. Lower optimizer.lr, or raise health.spike_mads, max_skips or "
+                "max_rollbacks"
             )
 
     def _note(
@@ -119,7 +119,7 @@ class Stability:
         to_blame = [pack for pack in packs if not math.isfinite(pack["loss"])]
         ranks = sorted({pack["rank"] for pack in to_blame})
         if to_blame:
-            keys = [key for pack in to_blame for key in pack["samples"]]
+            keys = dict.fromkeys(key for pack in to_blame for key in pack["samples"])  # cp's ranks share packs
             blamed = f"The loss is not finite on {_ranks(ranks)}, for the packs of these samples: {_listed(keys)}"
         else:
             blamed = "The loss is finite on all ranks, only its gradient is not"
@@ -127,8 +127,8 @@ class Stability:
         return (
             f"step {step}, phase {phase}, rank {self.world.rank}: gradient norm is {values['grad_norm']}, loss "
             f"{values['loss']}, {NO_UPDATE}. {blamed}. This rank's samples: {_listed(own)}. Those of all ranks are in "
-            f"{self.file}. Resume from the last checkpoint with a lower optimizer.lr, look at these samples, or set "
-            "health.max_rollbacks"
+            f"{self.file}. Resume from the last checkpoint with a lower optimizer.lr, look at these samples, or "
+            "raise health.max_rollbacks"
         )
 
     def may_roll_back(self) -> bool:
