@@ -21,9 +21,11 @@ from kontext_train.models.config import EncodersConfig, FluxConfig, GuidanceIn, 
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     EMAConfig,
+    HealthConfig,
     LoggingConfig,
     MomentDtype,
     OptimizerConfig,
+    ProfilerConfig,
     RunConfig,
     ScheduleConfig,
     ValidationConfig,
@@ -53,6 +55,8 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
 
 
 def register_schemas() -> None:
@@ -133,6 +137,10 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
         rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
         raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
+    outside = [rank for rank in config.profiler.ranks if not 0 <= rank < world_size]
+    if config.profiler.steps and (outside or not config.profiler.ranks):
+        rule = f"must be some of the ranks 0 to {world_size - 1}"
+        raise ConfigError("profiler.ranks", config.profiler.ranks, rule, "Use [0]")
     if config.schedule.warmup_steps > config.run.steps:
         rule = f"must not exceed run.steps={config.run.steps}"
         raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")

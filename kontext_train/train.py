@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.float8 import check_hardware
+    from kontext_train.distributed.memory import record_history
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
@@ -72,8 +73,14 @@ def train(config: TrainConfig) -> None:
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.ema import EMA
+    from kontext_train.training.health import Health
+    from kontext_train.training.heartbeat import heartbeat
     from kontext_train.training.metrics import RunLog
     from kontext_train.training.optimizer import PhaseOptimizer
+    from kontext_train.training.profiling import Profiler
+    from kontext_train.training.run_folder import record_start
+    from kontext_train.training.stability import Stability
+    from kontext_train.training.stragglers import Stragglers
     from kontext_train.training.validation import Validation
 
     # Data: which samples there are and in which packs they come, known before any process group starts.
@@ -104,6 +111,7 @@ def train(config: TrainConfig) -> None:
     needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     folder = Path(config.run.dir)
+    config_yaml = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     check_hardware(config.parallel)
     backend = usable_backend(
         config.model.attention,
@@ -116,14 +124,26 @@ def train(config: TrainConfig) -> None:
     if resume is not None:
         checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
 
-    with process_group(config.parallel) as world, watchdog(world, config.parallel) as watch:
+    if config.health.memory_history and not torch.cuda.is_available():
+        rule = "is of a GPU's allocator, and there is no GPU"
+        raise ConfigError("health.memory_history", config.health.memory_history, rule, "Leave it 0")
+
+    with (
+        process_group(config.parallel) as world,
+        watchdog(world, config.parallel) as watch,
+        heartbeat(folder / "heartbeat.json" if world.is_main else None) as beats,
+    ):
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
         chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
         resume = Path(chosen) if chosen else None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            (folder / "config.yaml").write_text(config_yaml)
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
+        record_start(folder, world, config_yaml, resume)
+        if config.health.memory_history:
+            record_history(config.health.memory_history)
+            watch.snapshot = folder / "memory" / f"rank_{world.rank:04d}.pickle"
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
@@ -160,6 +180,12 @@ def train(config: TrainConfig) -> None:
             encoders,
             flops,
             BadSamples(config.data.max_bad_fraction, folder, world.is_main),
+            Health(
+                Stability(config.health, folder, world),
+                Stragglers(config.health.straggler_factor, world, objective.modules.values()),
+                beats,
+                Profiler(config.profiler, folder, world.rank),
+            ),
             record,
         )
         if resume is not None:

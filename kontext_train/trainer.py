@@ -13,10 +13,10 @@ from torch import Tensor
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
 from kontext_train.data.plan import Position
-from kontext_train.distributed.float8 import plain
+from kontext_train.distributed.float8 import plain, refresh_scales
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.recompiles import Recompiles
-from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
+from kontext_train.distributed.reduce import from_main, sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
@@ -26,10 +26,12 @@ from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
+from kontext_train.training.health import Health
 from kontext_train.training.metrics import RunLog, peak_tflops
 from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.schedule import lr_factor
 from kontext_train.training.signals import StopRequest, stop_on_signals
+from kontext_train.training.stability import Unstable
 from kontext_train.training.validation import Validation
 
 
@@ -68,12 +70,13 @@ class Trainer:
         encoders: Encoders,
         flops: ForwardFlops,
         bad: BadSamples,
+        health: Health,
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
         self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
-        self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
+        self.encoders, self.flops, self.bad, self.health, self.record = encoders, flops, bad, health, record
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
@@ -91,18 +94,27 @@ class Trainer:
             except BaseException as error:
                 self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
                 raise
+            finally:
+                self.health.profiler.close()
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
     ) -> None:
         peak = peak_tflops(self.world.device)
         window = Window(time.perf_counter())
+        self.health.profiler.start(self.step)
         while self.step < self.config.steps:
             self.at("data")
             asked = time.perf_counter()
-            pixels = [next(batches) for _ in range(self.config.microbatches)]
+            with self.health.stragglers.timed("data"):
+                pixels = [next(batches) for _ in range(self.config.microbatches)]
             window.waited += time.perf_counter() - asked
-            window.add(self.train_step(pixels))
+            try:
+                window.add(self.train_step(pixels))
+            except Unstable as error:
+                self.roll_back(error, pixels[-1].position, log)
+                window = Window(time.perf_counter())
+                continue
             self.count(window, pixels)
             log.advance()
             self.at("stop check")
@@ -110,7 +122,7 @@ class Trainer:
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
-                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics())
+                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
             paused = time.perf_counter()
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
@@ -118,8 +130,10 @@ class Trainer:
                 self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.at("save")
-                self.save()
+                with self.health.stragglers.timed("save"):
+                    self.save()
             window.paused += time.perf_counter() - paused
+            self.health.profiler.step()
             if self.bad.too_many():
                 raise self.bad.error()
             if stopping and not last:
@@ -137,8 +151,9 @@ class Trainer:
         return stops > 0 or self.bad.too_many()
 
     def at(self, phase: str) -> None:
-        """Where this rank is, for the watchdog. All ranks come to the same places."""
+        """Where this rank is, for all who watch. All ranks come to the same places."""
         self.watch.at(self.step, phase)
+        self.health.at(self.step, phase)
 
     def due(self, every: int) -> bool:
         return self.step % every == 0
@@ -161,21 +176,17 @@ class Trainer:
         self.at(f"{phase} forward and backward")
         optimizer.zero()
         metrics: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for batch in batches:
             loss = self.objective.loss(phase, batch, self.random)
             loss.value.backward()
+            losses.append(loss.value.detach())
             metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         self.at(f"{phase} update")
         norm = optimizer.clip()
-        # The one wait for the device in a step: a bad update must be stopped before it is made.
-        if not torch.isfinite(norm):
-            keys = ", ".join(key for batch in batches for key in batch.keys)
-            raise FloatingPointError(
-                f"step {self.step}, phase {phase}, rank {self.world.rank}: gradient norm is {norm.item()}, no "
-                f"update was made. This rank's samples: {keys}. Resume from the last checkpoint with a lower "
-                "optimizer.lr, or look at these samples"
-            )
-        optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
+        if self.health.stability.accepts(self.step, phase, losses, norm, [batch.keys for batch in batches]):
+            with self.health.stragglers.timed("update"):
+                optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
         return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.dp_size}  # summed over packs: the norm
 
     # -- seeing --------------------------------------------------------------------------------------------------
@@ -231,14 +242,46 @@ class Trainer:
 
     def save(self) -> None:
         place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
+        place |= {"stability": self.health.stability.state()}
         record = self.record | place
         checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
-        record = checkpoint.read_record(path)
-        checkpoint.load(path, self.state())  # fills modules, optimizers and EMA in place
+        record = self.restore(path)
         legs = tuple((int(packs), int(steps)) for packs, steps in record["position"]["legs"])
         self.position = Position(record["position"]["window"], record["position"]["pack"], legs)
-        self.step = record["step"]
         self.bad.load(record["bad_samples"], self.step)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """All of a checkpoint but its place in the data; returns its record."""
+        record = checkpoint.read_record(path)
+        checkpoint.load(path, self.state())  # fills modules, optimizers and EMA in place
+        for module in self.objective.modules.values():
+            refresh_scales(module)
+        self.step = record["step"]
+        if "stability" in record:  # older checkpoints had none
+            self.health.stability.load(record["stability"])
+        return record
+
+    def roll_back(self, error: Unstable, position: Position, log: RunLog) -> None:
+        """To the newest checkpoint, and on with the data behind the bad step's; raises `error` where none is allowed.
+
+        position: where the data goes on. Nothing is read again: what was trained on since the checkpoint is left out,
+        for whatever led here came with it.
+        """
+        if not self.health.stability.may_roll_back():
+            raise error
+        self.at("roll back")
+        newest = checkpoint.complete_checkpoints(self.folder)[-1:]
+        path = from_main(str(newest[0]) if newest else None)
+        if path is None:
+            error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {self.folder} has no checkpoint yet")
+            raise error
+        failed_at = self.step
+        for optimizer in self.optimizers.values():
+            optimizer.zero()
+        self.restore(Path(path))
+        self.position = position
+        self.health.stability.rolled_back(failed_at, self.step)
+        log.rewind(self.step)

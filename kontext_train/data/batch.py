@@ -38,7 +38,7 @@ class PixelBatch:
     tensor, since each tensor that a worker process hands over costs a file descriptor.
     """
 
-    keys: list[str]  # shard:key of each sample, for error messages
+    keys: list[str]  # source:shard:key of each sample, for error messages
     prompts: list[str]
     images: Tensor  # one dimension: targets, then contexts, sample after sample
     image_shapes: list[torch.Size]  # of each of them: [H, W, 3] uint8, or [2, C, h, w] mean and log-variance
@@ -118,7 +118,7 @@ def read_pack(
     ]
     shapes = [mixture.shape(int(i), bool(drop)) for i, drop in zip(pack.samples, pack.drop_context, strict=True)]
     return PixelBatch(
-        keys=[f"{raw.shard}:{raw.key}" for raw in raws],
+        keys=[f"{mixture.sources[number].key}:{r.shard}:{r.key}" for (number, _), r in zip(where, raws, strict=True)],
         prompts=["" if drop else raw.prompt for raw, drop in zip(raws, pack.drop_prompt, strict=True)],
         images=torch.cat([tensor.ravel() for tensor in tensors]),
         image_shapes=[tensor.shape for tensor in tensors],

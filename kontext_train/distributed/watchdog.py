@@ -13,7 +13,6 @@ Nothing here depends on the backend.
 import faulthandler
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -23,14 +22,15 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from kontext_train.distributed.config import ParallelConfig
+from kontext_train.distributed.memory import is_out_of_memory, out_of_memory
 from kontext_train.distributed.reduce import any_rank, from_main
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.verdict import PATIENT, QUICK, Beat, Verdict, judge, silent
@@ -59,6 +59,7 @@ class Watch:
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
         self.world, self.beat_s, self.timeout_s = world, config.heartbeat_s, config.timeout_s
+        self.snapshot: Path | None = None  # where to put one of the device's memory, if its history is recorded
         self.here = (0, 0, "start")  # places come to, step, phase
         self.error: BaseException | None = None  # that ended the loop here
         self.failed = ""  # how a collective failed here
@@ -98,7 +99,7 @@ class Watch:
         self.error = error
         _, step, phase = self.here
         where = f"rank {self.world.rank}, step {step}, phase {phase}"
-        reason = f". {_out_of_memory(self.world.device)}" if _is_out_of_memory(error) else ""
+        reason = f". {out_of_memory(self.world.device, self.snapshot)}" if is_out_of_memory(error) else ""
         if self.world.size > 1 and not reason and _from_a_collective(error):
             self.failed = _first_line(error)
             self.wake.set()
@@ -240,31 +241,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _from_a_collective(error: BaseException) -> bool:
     """Whether it may be the echo of what happened on another rank. gloo raises bare RuntimeErrors."""
     return any(isinstance(e, dist.DistError) or "gloo" in str(e) for e in _chain(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    kinds, signs = (torch.OutOfMemoryError, MemoryError), ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
-
-
-def _out_of_memory(device: torch.device) -> str:
-    """What is known of the memory, and what to do."""
-    if device.type == "cuda":
-        free, size = torch.cuda.mem_get_info(device)
-        sizes = {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "free": free,
-            "on the device": size,
-        }
-    else:
-        sizes = {"peak of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    told = ", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in sizes.items())
-    return (
-        f"Out of memory: {told}. Use parallel.activation_checkpointing=full, a smaller data.tokens_per_pack, or more "
-        "ranks to a copy of the model (parallel.dp_shard); on the host, fewer data.workers"
-    )
 
 
 def _first_line(error: BaseException) -> str:

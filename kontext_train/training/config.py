@@ -109,6 +109,46 @@ class LoggingConfig:
 
 
 @dataclass(slots=True)
+class HealthConfig:
+    """What a run does about trouble, and tells of itself. See docs/health.md."""
+
+    # An update whose loss or gradient norm is above median + spike_mads x MAD of the last spike_window accepted ones is
+    # not made. 0: every finite update is made.
+    spike_mads: float = 0.0
+    spike_window: int = 128
+    max_skips: int = 10  # that spike_window steps in a row may have; one more ends the run, or rolls it back
+    max_rollbacks: int = 0  # to the last checkpoint, past the data since, in place of ending the run
+    # A rank that takes more than so many times the median over ranks, at each of three log steps, is named. 0: none is.
+    straggler_factor: float = 1.5
+    memory_history: int = 0  # allocations and frees remembered for a snapshot when out of GPU memory; 100000 is usual
+
+    def __post_init__(self) -> None:
+        if not (self.spike_mads == 0 or 1 <= self.spike_mads < math.inf):
+            rule = "must be at least 1, or 0 to make every finite update"
+            raise ConfigError("health.spike_mads", self.spike_mads, rule, "10 skips what is far out")
+        if not (self.straggler_factor == 0 or 1 < self.straggler_factor < math.inf):
+            rule = "must be above 1, or 0 to name no rank"
+            raise ConfigError("health.straggler_factor", self.straggler_factor, rule, "Use 1.5")
+        for key, least in (("spike_window", 4), ("max_skips", 1), ("max_rollbacks", 0), ("memory_history", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"health.{key}", getattr(self, key), f"must be at least {least}", f"Use {least}")
+
+
+@dataclass(slots=True)
+class ProfilerConfig:
+    """One window of steps recorded by torch.profiler into run.dir/profile, a trace a rank."""
+
+    start_step: int = 0  # updates made before the window
+    steps: int = 0  # that it records; 0 records none
+    ranks: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        for key in ("start_step", "steps"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"profiler.{key}", getattr(self, key), "must not be negative", "steps=0 records none")
+
+
+@dataclass(slots=True)
 class RunConfig:
     """One run: where it writes, how long it goes on, how often it does what."""
 

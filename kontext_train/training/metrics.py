@@ -47,8 +47,7 @@ class RunLog:
         if not is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_metrics(self.file) if r["step"] <= start]
-        self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.rewind(start)
         if config.progress_bar:
             from tqdm import tqdm
 
@@ -67,6 +66,15 @@ class RunLog:
                 mode=mode,
                 config=composed,
             )
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: drop the lines of later ones. wandb keeps what it has."""
+        if not self.is_main:
+            return
+        kept = [r for r in read_metrics(self.file) if r["step"] <= step]
+        self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        if self.bar is not None:
+            self.bar.n = step
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, the bar and wandb."""

@@ -70,7 +70,7 @@ def test_a_batch_holds_the_images_of_the_shard(source: PackReader) -> None:
         np.testing.assert_array_equal(context.permute(1, 2, 0), expected)
     assert batch.prompts == [r.prompt for r in raws]
     assert [s.tokens for s in batch.layout.shapes] == [source.mixture.shape(i, False).tokens for i in chosen]
-    assert batch.keys[0].startswith("train-00000.tar:train_")
+    assert batch.keys[0].startswith("train:train-00000.tar:train_")
 
 
 def test_dropped_prompts_and_contexts_are_gone(source: PackReader) -> None:
@@ -130,7 +130,7 @@ def test_a_bad_sample_leaves_a_hole_of_its_size_and_touches_no_other(
     assert batch.keys == whole.keys
     assert batch.prompts == [whole.prompts[0], "", whole.prompts[2]]
     (note,) = batch.bad
-    assert (note.visit, note.key) == (1000 + chosen[1], whole.keys[1].split(":")[1])
+    assert (note.visit, note.key) == (1000 + chosen[1], whole.keys[1].split(":")[-1])
     assert note.shard.endswith("broken/train-00000.tar")
     assert "target: cannot be decoded" in note.reason
     assert whole.bad == []

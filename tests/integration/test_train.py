@@ -253,7 +253,8 @@ def test_checkpoints_explain_themselves_and_old_ones_go(shards: Path, tmp_path: 
 def test_a_nonfinite_gradient_stops_before_the_update_and_names_the_samples(shards: Path, tmp_path: Path) -> None:
     config = small_config(shards, tmp_path, "run.steps=20", "optimizer.lr=1e30", "run.save_every_steps=1")
     with pytest.raises(
-        FloatingPointError, match=r"step \d+, phase student, rank 0: .* samples: train-00000.tar:train_"
+        FloatingPointError,
+        match=r"step \d+, phase student, rank 0: .* samples: data.train:train-00000.tar:train_",
     ):
         train(config)
     assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
