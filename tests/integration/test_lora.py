@@ -10,13 +10,19 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from kontext_train.config import TrainConfig, check
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.trained import load_adapters, load_model, read_config, resolve, section
+from kontext_train.evaluation.trained import load_adapters, load_model, load_trained, read_config, resolve, section
+from kontext_train.export import ExportConfig, Format, StorageDtype, export
+from kontext_train.flow.config import SamplerConfig
+from kontext_train.generate import Request
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
+from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.weights import load
 from kontext_train.train import train
 from tests.integration.test_train import killed_in_step_seven, largest_difference, losses, weights
-from tests.models.flux_cases import random_flux
+from tests.models.flux_cases import SHAPES, pack, random_flux, random_sample
+from tests.parity.test_flux_against_diffusers import TOLERANCE, relative_error, their_velocity
+from tests.parity.test_lora_against_diffusers import pipeline
 from tests.runs import in_processes, run, small_config
 
 RUN = ("run.steps=10", "ema.half_life_images=50", "lora.rank=4", "lora.alpha=8", "optimizer.lr=3e-3")
@@ -140,6 +146,38 @@ def test_sampling_weights_are_base_and_adapters(shards: Path, base: Path, straig
     name = "single_blocks.0.linear1"
     expected = plain.get_parameter(f"{name}.weight") + 2 * made[f"{name}.lora_up"] @ made[f"{name}.lora_down"].T
     assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-6)
+
+
+def test_exported_adapters_run_in_diffusers_as_merged_weights_do_here(
+    shards: Path, base: Path, straight: Path, tmp_path: Path
+) -> None:
+    """And merged weights, exported, are a network like any other."""
+    lora, full = tmp_path / "lora.safetensors", tmp_path / "full.safetensors"
+    for out, kind in ((lora, Format.lora), (full, Format.bfl)):
+        export(ExportConfig(str(straight), str(out), dtype=StorageDtype.float32, format=kind))
+    config = read_config(full)
+    model = load_model(full, config, ema=False)
+    assert largest_difference(dict(model.named_parameters()), weights(straight, ema=True)) == 0
+
+    plain = network(straight)
+    load(plain, base)
+    theirs = pipeline(plain)
+    theirs.load_lora_weights(lora)
+    sample = random_sample(SHAPES[1], model.config)
+    ours, before = (predict_velocity(network, *pack([sample])) for network in (model, plain))
+    assert relative_error(their_velocity(theirs.transformer, sample, guidance=False), ours) <= TOLERANCE
+    assert relative_error(before, ours) > 100 * TOLERANCE
+    with pytest.raises(ConfigError, match=r"checkpoint=.*has no adapters"):
+        export(ExportConfig(str(full), str(tmp_path / "none.safetensors"), format=Format.lora))
+
+
+def test_a_lora_checkpoint_draws(straight: Path) -> None:
+    trained = load_trained(straight)
+    request = Request("a red circle", [], 32, 32, seed=0)
+    (image,) = trained.generate([request], SamplerConfig(steps=1))
+    assert image.shape == (3, 32, 32)
+    expected = weights(straight, ema=True)
+    assert largest_difference(dict(trained.model.named_parameters()), expected) == 0
 
 
 def test_a_base_that_moved_is_missed_by_name(shards: Path, base: Path, tmp_path: Path) -> None:
