@@ -25,6 +25,7 @@ from tests.parity.test_flux_against_diffusers import TOLERANCE, relative_error, 
 from tests.parity.test_lora_against_diffusers import pipeline
 from tests.runs import in_processes, run, small_config
 
+THETA = "model.theta=10000"  # diffusers has no other
 RUN = ("run.steps=10", "ema.half_life_images=50", "lora.rank=4", "lora.alpha=8", "optimizer.lr=3e-3")
 
 
@@ -38,7 +39,7 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lora_config(shards: Path, base: Path, folder: Path, *options: str) -> TrainConfig:
-    return small_config(shards, folder, *RUN, f"weights.student={base}", *options)
+    return small_config(shards, folder, *RUN, THETA, f"weights.student={base}", *options)
 
 
 def adapters(run_dir: Path, ema: bool = False) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def test_other_meshes_and_checkpointing_equal_it(
 
 def test_the_start_is_the_base_and_training_leaves_it(shards: Path, base: Path, straight: Path, tmp_path: Path) -> None:
     run(lora_config(shards, base, tmp_path, "run.steps=1", "lora.base_dtype=float32", "run.microbatches=2"))
-    run(small_config(shards, tmp_path / "all", "run.steps=1", f"weights.student={base}", "run.microbatches=2"))
+    run(small_config(shards, tmp_path / "all", "run.steps=1", THETA, f"weights.student={base}", "run.microbatches=2"))
     assert losses(tmp_path) == losses(tmp_path / "all")
     assert min(losses(straight)[5:]) < losses(straight)[0], "adapters learn nothing"
     ups = {name: t for name, t in adapters(straight).items() if name.endswith("lora_up")}
@@ -134,7 +135,7 @@ def test_a_resume_needs_the_same_base_and_the_same_adapters(
     with pytest.raises(ConfigError, match=r"lora\.alpha=16\.0: but .* was saved with 8\.0"):
         train(lora_config(shards, base, straight, *on, "lora.alpha=16"))
     with pytest.raises(ConfigError, match=r"lora\.rank=0: but .* was saved with 4"):
-        train(small_config(shards, straight, *on))
+        train(small_config(shards, straight, THETA, *on))
 
 
 def test_sampling_weights_are_base_and_adapters(shards: Path, base: Path, straight: Path) -> None:
