@@ -61,10 +61,13 @@ def estimated(config: EstimateConfig) -> str:
         ema=config.ema.half_life_images > 0,
         microbatches=config.run.microbatches,
         mix=mix,
+        lora=config.lora,
     )
     choices = {policy: with_checkpointing(setup, policy) for policy in Checkpointing}
     estimates = {policy: estimate(choice, cluster, traced(choice)) for policy, choice in choices.items()}
     simulated = None
+    if config.simulate and config.lora.rank:
+        raise ConfigError("simulate", True, "is of runs that train all weights", "Use simulate=false, or lora.rank=0")
     if config.simulate:
         simulated = simulate_step(
             config.model, config.optimizer, config.parallel, mix.largest, config.world, fused_attention, mix.pad_to

@@ -67,6 +67,11 @@ def adapt(model: Flux, config: LoraConfig) -> None:
     model.requires_grad_(False)
     if config.base_dtype is not BaseDtype.float32:
         model.to(torch.bfloat16)
+    exchange_linears(model, config)
+
+
+def exchange_linears(model: Flux, config: LoraConfig) -> None:
+    """The targets for linears with adapters, and all in the blocks for such that are kept in float8, if they are."""
     targets, float8 = set(lora_targets(config, model.config)), config.base_dtype is BaseDtype.float8
     in_blocks = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "_blocks." in n]
     for name in in_blocks:
