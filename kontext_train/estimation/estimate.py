@@ -52,6 +52,7 @@ class Setup:
     microbatches: int  # packs that each rank accumulates before an update
     mix: TokenMix
     lora: LoraConfig = field(default_factory=LoraConfig)
+    text_stored: bool = False  # shards hold the text encoders' output: a run does not load them
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
             rule = f"fits no linear of this model: float8_min_features={parallel.float8_min_features} leaves none"
             raise ConfigError("parallel.float8", parallel.float8.value, rule, "Lower it, or use none")
     time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
-    useful = (1 + _backward_share(setup)) * setup.mix.forward_flops * setup.microbatches / parallel.cp
+    forward = setup.mix.forward_flops * setup.microbatches / parallel.cp
+    blocks = setup.model.depth + setup.model.depth_single_blocks
+    useful = forward + _backward(setup, forward, blocks * setup.microbatches)
     free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
     return Estimate(
         peak=peak,
@@ -113,17 +116,19 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
 
 
 def _recomputed(setup: Setup, parts: Parts) -> float:
-    """What a backward pass costs beyond its share of the forward pass is forward again."""
-    share = _backward_share(setup)
-    double, single = (max(0, p.backward_flops - share * p.forward_flops) for p in (parts.double, parts.single))
+    """What a backward pass costs beyond its own products is forward again."""
+    double, single = (p.backward_flops - _backward(setup, p.forward_flops, 1) for p in (parts.double, parts.single))
     return setup.model.depth * double + setup.model.depth_single_blocks * single
 
 
-def _backward_share(setup: Setup) -> int:
-    """FLOPs of backward in those of forward. Frozen weights have no gradients, only what they multiply has. (Attention
-    costs twice its forward pass all the same, so for LoRA this is a few percent low.)
+def _backward(setup: Setup, forward: float, blocks: int) -> float:
+    """FLOPs of backward through so many blocks, without recomputation. Of frozen weights, only what they multiply has
+    gradients; attention costs twice its forward pass all the same.
     """
-    return 1 if setup.lora.rank else 2
+    if setup.lora.rank == 0:
+        return 2 * forward
+    tokens = sum(shape.tokens**2 for shape in setup.mix.largest)
+    return forward + blocks * 4 * setup.model.hidden_size * tokens / setup.parallel.cp
 
 
 def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:
@@ -193,7 +198,8 @@ def roles(setup: Setup, network: Network, sharding: Sharding) -> list[Role]:
     size = 2 if setup.encoders.dtype is EncoderDtype.bfloat16 else 4
     text, images = _encoder_elements(setup.encoders)
     spread = sharding.shards if setup.parallel.shard_encoders else 1
-    return [student, Role("text encoders", text, size, shards=spread), Role("autoencoder", images, size)]
+    encoders = [Role("text encoders", text, size, shards=spread)] if not setup.text_stored else []
+    return [student, *encoders, Role("autoencoder", images, size)]
 
 
 def _base_bytes(setup: Setup, sharding: Sharding) -> float:
