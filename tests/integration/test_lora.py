@@ -17,8 +17,10 @@ from kontext_train.generate import Request
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
+from kontext_train.models.lora import float8_rows
 from kontext_train.models.weights import load
 from kontext_train.train import train
+from kontext_train.training.metrics import read_metrics
 from tests.integration.test_train import killed_in_step_seven, largest_difference, losses, weights
 from tests.models.flux_cases import SHAPES, pack, random_flux, random_sample
 from tests.parity.test_flux_against_diffusers import TOLERANCE, relative_error, their_velocity
@@ -86,6 +88,39 @@ def test_other_meshes_and_checkpointing_equal_it(
 ) -> None:
     run(lora_config(shards, base, tmp_path, *options, "run.steps=4"), processes=2)
     assert losses(tmp_path) == pytest.approx(losses(straight)[:4], rel=1e-5)
+
+
+def test_a_float8_base_trains_as_its_rounded_weights_do(
+    shards: Path, base: Path, straight: Path, tmp_path: Path
+) -> None:
+    """Two processes that keep it in float8, one that computes with the same numbers kept in float32."""
+    rounded = tmp_path / "rounded.safetensors"
+    save_file({name: rounded_to_float8(name, value) for name, value in load_file(base).items()}, rounded)
+    options = ("run.steps=4",)
+    run(lora_config(shards, base, tmp_path / "8", *options, "lora.base_dtype=float8"), processes=2)
+    microbatches = ("run.microbatches=2", "lora.base_dtype=float32")
+    run(lora_config(shards, rounded, tmp_path / "32", *options, *microbatches))
+    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "32"), rel=1e-5)
+    assert largest_difference(adapters(tmp_path / "8"), adapters(tmp_path / "32")) <= 1e-5
+    assert losses(tmp_path / "8") != pytest.approx(losses(straight)[:4], rel=1e-4), "nothing was rounded"
+
+
+def rounded_to_float8(name: str, value: Tensor) -> Tensor:
+    if value.ndim == 2 and "_blocks." in name:
+        rounded, scale = float8_rows(value)
+        return rounded.float() * scale[:, None]
+    return value.bfloat16().float()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_run_and_compiles_no_more(shards: Path, base: Path, tmp_path: Path) -> None:
+    options = ("run.steps=2", "data.pad_packs=true", "parallel.activation_checkpointing=selective")
+    run(lora_config(shards, base, tmp_path / "eager", *options))
+    run(lora_config(shards, base, tmp_path / "compiled", *options, "parallel.compile=true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    records = read_metrics(tmp_path / "compiled" / "metrics.jsonl")
+    graphs = [r["compile/graphs"] for r in records if "compile/graphs" in r]
+    assert 2 <= graphs[-1] <= 4  # as of a run that trains all weights
 
 
 def test_the_start_is_the_base_and_training_leaves_it(shards: Path, base: Path, straight: Path, tmp_path: Path) -> None:
