@@ -14,10 +14,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kontext_train.data.config import DataConfig, SourceConfig, is_url
-from kontext_train.distributed.config import ParallelConfig, Precision
+from kontext_train.distributed.config import Float8, ParallelConfig, Precision
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
-from kontext_train.models.config import EncodersConfig, FluxConfig, GuidanceIn, block_linears
+from kontext_train.models.config import (
+    EncodersConfig,
+    FluxConfig,
+    GuidanceIn,
+    LoraConfig,
+    block_linears,
+    lora_targets,
+)
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     EMAConfig,
@@ -45,6 +52,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     objective: ObjectiveConfig = MISSING
     model: FluxConfig = field(default_factory=FluxConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -134,6 +142,7 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
         raise ConfigError("data.tokens_per_pack", config.data.tokens_per_pack, rule, "Round it")
     _check_master_dtype(config)
     _check_guidance_in(config)
+    _check_lora(config)
     if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
         rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
         raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
@@ -161,6 +170,9 @@ def check(config: TrainConfig, world_size: int) -> None:
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
     if config.weights.student is not None and not Path(config.weights.student).exists():
         raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
+    if config.lora.rank and config.weights.student is None:
+        rule = "must be given, because lora.rank > 0 adapts weights that exist"
+        raise ConfigError("weights.student", None, rule, "Give a safetensors file, or set lora.rank=0")
     folders = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     folders = folders or {"data.train": config.data.train}
     if config.data.validation is not None:
@@ -179,6 +191,25 @@ def _check_guidance_in(config: TrainConfig) -> None:
         rule = f"contradicts model.guidance_embed={str(embeds).lower()}"
         hint = f"Set model.guidance_embed={str(not embeds).lower()}, or weights.guidance_in=require"
         raise ConfigError("weights.guidance_in", choice.value, rule, hint)
+
+
+def _check_lora(config: TrainConfig) -> None:
+    if config.lora.rank == 0:
+        if config.lora != LoraConfig():
+            raise ConfigError("lora.rank", 0, "trains all weights, so other options of lora have no effect", "Set it")
+        return
+    lora_targets(config.lora, config.model)
+    if config.parallel.master_dtype is not Precision.float32:
+        rule = "is of trained weights, and adapters are always float32"
+        hint = "Leave it; lora.base_dtype says how the frozen weights are kept"
+        raise ConfigError("parallel.master_dtype", config.parallel.master_dtype.value, rule, hint)
+    if config.weights.guidance_in is GuidanceIn.add:
+        rule = "adds weights that say nothing until they train, and lora.rank > 0 freezes them"
+        raise ConfigError("weights.guidance_in", "add", rule, "Use model.guidance_embed=false and require")
+    if config.parallel.float8 is not Float8.none:
+        rule = "is for weights that train, and lora.rank > 0 freezes them"
+        hint = "Use parallel.float8=none; lora.base_dtype=float8 keeps frozen weights in a byte each"
+        raise ConfigError("parallel.float8", config.parallel.float8.value, rule, hint)
 
 
 def _check_master_dtype(config: TrainConfig) -> None:

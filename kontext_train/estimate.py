@@ -21,6 +21,7 @@ class EstimateConfig(TrainConfig):
     gpus_per_node: int = 8
     sample: Sample = field(default_factory=Sample)  # what packs hold, where data.train names no shards
     assume: Assumptions = field(default_factory=Assumptions)
+    text_stored: bool = False  # data.train holds encoded text (docs/encoding.md), so that no text encoder is loaded
     simulate: bool = False  # also run the whole step on fake tensors: a minute at 12B, more on a thousand GPUs
 
 
@@ -61,10 +62,14 @@ def estimated(config: EstimateConfig) -> str:
         ema=config.ema.half_life_images > 0,
         microbatches=config.run.microbatches,
         mix=mix,
+        lora=config.lora,
+        text_stored=config.text_stored,
     )
     choices = {policy: with_checkpointing(setup, policy) for policy in Checkpointing}
     estimates = {policy: estimate(choice, cluster, traced(choice)) for policy, choice in choices.items()}
     simulated = None
+    if config.simulate and config.lora.rank:
+        raise ConfigError("simulate", True, "is of runs that train all weights", "Use simulate=false, or lora.rank=0")
     if config.simulate:
         simulated = simulate_step(
             config.model, config.optimizer, config.parallel, mix.largest, config.world, fused_attention, mix.pad_to

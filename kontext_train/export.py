@@ -12,12 +12,14 @@ from yaml import YAMLError
 from kontext_train.errors import ConfigError
 
 USAGE = """\
-kontext-export checkpoint=PATH out=PATH [format=bfl|diffusers] [key=value ...]
+kontext-export checkpoint=PATH out=PATH [format=bfl|diffusers|lora] [key=value ...]
 
   checkpoint=PATH     a run folder (its newest checkpoint), a step folder, or an earlier export
   format=bfl          names of the released FLUX.1 files (default); out=FILE.safetensors is one file, out=FOLDER has
                       parts with an index
   format=diffusers    out=FOLDER, which diffusers.FluxKontextPipeline.from_pretrained loads
+  format=lora         the adapters of a LoRA run, out=FILE.safetensors, as diffusers' load_lora_weights reads them; the
+                      other formats hold them merged into the weights that they adapt
   weights=ema         averaged weights where the run kept them (default), or raw
   dtype=bfloat16      as released (default), float32, or (bfl) float8: e4m3 with a scale for each matrix of the blocks
   max_shard_gb=10     size of the files in a folder, 10^9 bytes
@@ -33,6 +35,7 @@ DEFAULT_SHARD_GB = 10.0
 class Format(Enum):
     bfl = "bfl"
     diffusers = "diffusers"
+    lora = "lora"
 
 
 class Weights(Enum):
@@ -72,8 +75,12 @@ class ExportConfig:
         if self.format is Format.diffusers:
             self._check_diffusers()
         elif self.encoders is not None:
-            rule = "are part of a diffusers pipeline, and format=bfl holds the transformer alone"
+            rule = f"are part of a diffusers pipeline, and format={self.format.value} holds none"
             raise ConfigError("encoders", self.encoders, rule, "Leave it out, or use format=diffusers")
+        if self.format is Format.lora and not self.one_file:
+            raise ConfigError("out", self.out, "must end in .safetensors with format=lora", "out=lora.safetensors")
+        if self.format is Format.lora and self.dtype is StorageDtype.float8:
+            raise ConfigError("dtype", "float8", "is too coarse for adapters", "Use bfloat16 or float32")
 
     def _check_diffusers(self) -> None:
         if self.one_file:
@@ -113,7 +120,7 @@ def export(config: ExportConfig) -> None:
     """Write what is asked for; says in one line what that was."""
     import torch
 
-    from kontext_train.evaluation.exported import Source, check_encoders, write_pipeline, write_released
+    from kontext_train.evaluation.exported import Source, check_encoders, write_lora, write_pipeline, write_released
     from kontext_train.evaluation.trained import resolve
 
     dtypes = {
@@ -138,6 +145,9 @@ def export(config: ExportConfig) -> None:
                 check_encoders(encoders)
             count = write_pipeline(source, out, dtype, config.max_shard_bytes, encoders)
             what = "a diffusers pipeline" if encoders else "the transformer of a diffusers pipeline"
+        case Format.lora:
+            count = write_lora(source, out, dtype)
+            what = "adapters"
     print(f"{out}: {what}, {count:,} parameters, {config.dtype.value}, {source.origin.weights}, from {source.path}")
 
 

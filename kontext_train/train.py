@@ -67,7 +67,8 @@ def train(config: TrainConfig) -> None:
     from kontext_train.models.attention import attention_function, usable_backend
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
-    from kontext_train.models.weights import initialise, load
+    from kontext_train.models.lora import adapt, base_digest
+    from kontext_train.models.weights import initialise, initialise_adapters, load
     from kontext_train.objectives.build import build_objective
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
@@ -110,6 +111,8 @@ def train(config: TrainConfig) -> None:
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
     needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
+    if config.lora.rank and config.weights.student is not None:
+        record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
     folder = Path(config.run.dir)
     config_yaml = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     check_hardware(config.parallel)
@@ -151,12 +154,13 @@ def train(config: TrainConfig) -> None:
             shard(encoders.text, world.mesh, replace(config.parallel, reshard_after_forward=Reshard.always))
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
+        adapt(student, config.lora)
         if world.cp_group is not None:
             split_sequence(student, world.cp_group)
         static_tokens = config.data.tokens_per_pack // world.cp if config.data.pad_packs else None
         parallelize(student, world.mesh, config.parallel, static_tokens)
         student.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-        if resume is not None:
+        if resume is not None and config.lora.rank == 0:
             pass  # trainer.load fills every parameter, or raises
         elif config.weights.student is not None:
             try:
@@ -166,6 +170,7 @@ def train(config: TrainConfig) -> None:
                 raise ConfigError("weights.student", config.weights.student, rule, str(error)) from error
         else:
             initialise(student, config.model.init, config.run.seed)
+        initialise_adapters(student, config.run.seed)
 
         # Training.
         objective = build_objective(config.objective, student, config.model, config.flow)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encode import Encoders, encode
@@ -55,6 +55,11 @@ class Window:
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """By name. A frozen base is in no checkpoint: it comes from weights.* again."""
+    return {name: plain(p) for name, p in module.named_parameters() if p.requires_grad}
 
 
 class Trainer:
@@ -235,7 +240,7 @@ class Trainer:
         """All tensors of a checkpoint. This list is the whole of it."""
         modules = self.objective.modules
         return {
-            "modules": {role: {n: plain(p) for n, p in m.named_parameters()} for role, m in modules.items()},
+            "modules": {role: trained_tensors(m) for role, m in modules.items()},
             "optimizers": {phase: optimizer.state() for phase, optimizer in self.optimizers.items()},
             "ema": self.ema.average if self.ema is not None else {},
         }

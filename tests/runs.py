@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401 - once, and not in every forked run, like the other two
 import torch
+from diffusers import AutoencoderKL  # noqa: F401
 from hydra import compose, initialize_config_module
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel  # noqa: F401
 
 from kontext_train.config import TrainConfig, register_schemas, typed
 from kontext_train.data.index import ShardIndex

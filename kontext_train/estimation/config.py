@@ -11,6 +11,8 @@ class GPU(Enum):
     h200 = "h200"
     b200 = "b200"
     a100 = "a100"
+    l40s = "l40s"
+    rtx4090 = "rtx4090"
 
 
 @dataclass(slots=True)

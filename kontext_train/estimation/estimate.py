@@ -1,7 +1,7 @@
 """From a run's options and a cluster to what one GPU will hold, receive and compute in a step."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,14 +14,27 @@ from kontext_train.errors import ConfigError
 from kontext_train.estimation import encoders as released
 from kontext_train.estimation.config import ClusterConfig
 from kontext_train.estimation.gpus import DATA_SHEETS
-from kontext_train.estimation.memory import GIB, Group, Memory, Moment, Network, Role, Sharding, held, largest, moments
+from kontext_train.estimation.memory import (
+    GIB,
+    Group,
+    Memory,
+    Moment,
+    Network,
+    PartCost,
+    Role,
+    Sharding,
+    held,
+    largest,
+    moments,
+)
 from kontext_train.estimation.packs import RELEASED_PIXELS_PER_TOKEN, TokenMix
 from kontext_train.estimation.roofline import StepTime, Work, step_time
 from kontext_train.estimation.simulation import Parts, fused_attention, trace_parts
 from kontext_train.estimation.traffic import Collective, collectives
 from kontext_train.models.attention import AttentionFunction
-from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig
+from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig, LoraConfig
 from kontext_train.models.flux import Flux
+from kontext_train.models.lora import adapt
 from kontext_train.training.config import MomentDtype, OptimizerConfig, OptimizerName
 
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
@@ -38,6 +51,8 @@ class Setup:
     ema: bool
     microbatches: int  # packs that each rank accumulates before an update
     mix: TokenMix
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    text_stored: bool = False  # shards hold the text encoders' output: a run does not load them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +76,7 @@ class Estimate:
 def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     """parts: what `traced` gave for this setup."""
     gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
-    network = network_of(setup.model, parallel, cluster.world, parts)
+    network = network_of(setup.model, parallel, cluster.world, parts, setup.lora)
     sharding = sharding_of(setup.model, parallel, cluster.world)
     everything = held(roles(setup, network, sharding), parts.batch)
     base = _without_offloaded(everything) if parallel.cpu_offload else everything
@@ -80,7 +95,9 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
             rule = f"fits no linear of this model: float8_min_features={parallel.float8_min_features} leaves none"
             raise ConfigError("parallel.float8", parallel.float8.value, rule, "Lower it, or use none")
     time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
-    useful = 3 * setup.mix.forward_flops * setup.microbatches / parallel.cp
+    forward = setup.mix.forward_flops * setup.microbatches / parallel.cp
+    blocks = setup.model.depth + setup.model.depth_single_blocks
+    useful = forward + _backward(setup, forward, blocks * setup.microbatches)
     free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
     return Estimate(
         peak=peak,
@@ -99,14 +116,24 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
 
 
 def _recomputed(setup: Setup, parts: Parts) -> float:
-    """A backward pass costs twice its forward pass; what it costs beyond that is forward again."""
-    double, single = (p.backward_flops - 2 * p.forward_flops for p in (parts.double, parts.single))
+    """What a backward pass costs beyond its own products is forward again."""
+    double, single = (p.backward_flops - _backward(setup, p.forward_flops, 1) for p in (parts.double, parts.single))
     return setup.model.depth * double + setup.model.depth_single_blocks * single
+
+
+def _backward(setup: Setup, forward: float, blocks: int) -> float:
+    """FLOPs of backward through so many blocks, without recomputation. Of frozen weights, only what they multiply has
+    gradients; attention costs twice its forward pass all the same.
+    """
+    if setup.lora.rank == 0:
+        return 2 * forward
+    tokens = sum(shape.tokens**2 for shape in setup.mix.largest)
+    return forward + blocks * 4 * setup.model.hidden_size * tokens / setup.parallel.cp
 
 
 def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:
     """Seconds of work, which does not depend on the cluster."""
-    return trace_parts(setup.model, setup.mix.largest, setup.parallel, attention, setup.mix.pad_to)
+    return trace_parts(setup.model, setup.mix.largest, setup.parallel, attention, setup.mix.pad_to, setup.lora)
 
 
 def with_checkpointing(setup: Setup, policy: Checkpointing) -> Setup:
@@ -115,19 +142,27 @@ def with_checkpointing(setup: Setup, policy: Checkpointing) -> Setup:
     return replace(setup, parallel=replace(setup.parallel, activation_checkpointing=policy, keep_outputs=keep))
 
 
-def network_of(model: FluxConfig, parallel: ParallelConfig, world: int, parts: Parts) -> Network:
+def network_of(
+    model: FluxConfig, parallel: ParallelConfig, world: int, parts: Parts, lora: LoraConfig | None = None
+) -> Network:
     """Parameters of each group that FSDP gathers, padded as it pads them, with what computing with them costs."""
     _, shard, cp = parallel.mesh_shape(world)
 
-    def padded(module: nn.Module) -> int:
-        return sum(-(-len(p) // (shard * cp)) * shard * cp * (p.numel() // len(p)) for p in module.parameters())
+    network = _whole(model, lora or LoraConfig())
 
-    network = _meta(model)
-    double, single = padded(network.double_blocks[0]), padded(network.single_blocks[0])
-    blocks = (Group("double", double, parts.double),) * model.depth
-    blocks += (Group("single", single, parts.single),) * model.depth_single_blocks
-    ends = Group("ends", padded(network) - double - single, parts.ends)
-    return Network(ends, padded(network.final_layer), blocks)
+    def group(name: str, parameters: Iterable[nn.Parameter], cost: PartCost) -> Group:
+        sizes = [(_padded(p, shard * cp), p.requires_grad) for p in parameters]
+        return Group(name, sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains), cost)
+
+    blocks = [group("double", block.parameters(), parts.double) for block in network.double_blocks]
+    blocks += [group("single", block.parameters(), parts.single) for block in network.single_blocks]
+    outer = (p for name, p in network.named_parameters() if "_blocks." not in name)
+    last = group("last layer", network.final_layer.parameters(), parts.ends)
+    return Network(group("ends", outer, parts.ends), last.trained, tuple(blocks))
+
+
+def _padded(parameter: nn.Parameter, shards: int) -> int:
+    return -(-len(parameter) // shards) * shards * (parameter.numel() // len(parameter))
 
 
 def sharding_of(model: FluxConfig, parallel: ParallelConfig, world: int) -> Sharding:
@@ -152,17 +187,25 @@ def roles(setup: Setup, network: Network, sharding: Sharding) -> list[Role]:
     master = BYTES[setup.parallel.master_dtype]
     student = Role(
         "student",
-        network.elements,
+        network.trained,
         weights=master,
         gradients=master,
         optimizer=_optimizer_bytes(setup.optimizer, network),
         ema=4.0 if setup.ema else 0.0,
         shards=sharding.shards,
+        base=_base_bytes(setup, sharding),
     )
     size = 2 if setup.encoders.dtype is EncoderDtype.bfloat16 else 4
     text, images = _encoder_elements(setup.encoders)
     spread = sharding.shards if setup.parallel.shard_encoders else 1
-    return [student, Role("text encoders", text, size, shards=spread), Role("autoencoder", images, size)]
+    encoders = [Role("text encoders", text, size, shards=spread)] if not setup.text_stored else []
+    return [student, *encoders, Role("autoencoder", images, size)]
+
+
+def _base_bytes(setup: Setup, sharding: Sharding) -> float:
+    """Of the frozen network that LoRA adapts, on all shards together."""
+    frozen = (p for p in _whole(setup.model, setup.lora).parameters() if not p.requires_grad)
+    return sum(_padded(p, sharding.shards) * p.element_size() for p in frozen)
 
 
 def _optimizer_bytes(optimizer: OptimizerConfig, network: Network) -> float:
@@ -173,7 +216,7 @@ def _optimizer_bytes(optimizer: OptimizerConfig, network: Network) -> float:
         case OptimizerName.adamw, MomentDtype.int8:
             return 2 * (1 + 4 / 256)  # codes, and a scale for each block of 256
         case OptimizerName.muon, MomentDtype.float32:
-            return (8.0 * network.ends.elements + 4.0 * (network.elements - network.ends.elements)) / network.elements
+            return (8.0 * network.ends.trained + 4.0 * (network.trained - network.ends.trained)) / network.trained
     raise AssertionError(optimizer)
 
 
@@ -232,7 +275,7 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
 def _optimizer_collectives(setup: Setup, network: Network, sharding: Sharding) -> Iterator[Collective]:
     """Muon brings each matrix to one rank in bfloat16, and its change back in float32."""
     if setup.optimizer.name is OptimizerName.muon and sharding.shards > 1:
-        local = (network.elements - network.ends.elements) / sharding.shards
+        local = (network.trained - network.ends.trained) / sharding.shards
         yield Collective("all-to-all of Muon", sharding.shards, 1, (2 + 4) * local, hidden=False)
 
 
@@ -254,6 +297,13 @@ def _float8_share(model: FluxConfig, parallel: ParallelConfig, *, of_products: b
     blocks = [sum(p.numel() for p in b.parameters()) for b in network.blocks()]
     whole = sum(p.numel() for p in network.parameters()) - sum(blocks)
     return converted / (whole + model.depth * blocks[0] + model.depth_single_blocks * blocks[1])
+
+
+def _whole(model: FluxConfig, lora: LoraConfig) -> Flux:
+    with torch.device("meta"):
+        network = Flux(model)
+    adapt(network, lora)
+    return network
 
 
 def _meta(model: FluxConfig) -> Flux:

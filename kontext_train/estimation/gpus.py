@@ -21,4 +21,6 @@ DATA_SHEETS = {
     GPU.h200: DataSheet(139.7, 989, 1979, 4800, 450, 50, (9, 0)),
     GPU.b200: DataSheet(178.3, 2250, 4500, 8000, 900, 50, (10, 0)),
     GPU.a100: DataSheet(79.2, 312, None, 2039, 300, 25, (8, 0)),  # SXM4, 80 GB
+    GPU.l40s: DataSheet(44.4, 362, 733, 864, 32, 50, (8, 9)),  # 48 GB; PCIe 4 in place of NVLink
+    GPU.rtx4090: DataSheet(23.6, 165, 330, 1008, 32, 25, (8, 9)),  # 24 GB; PCIe 4
 }

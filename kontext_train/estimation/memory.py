@@ -31,18 +31,23 @@ class Group:
 
     name: str
     elements: int  # each parameter's first dimension rounded up to a multiple of the shards
+    trained: int  # of them; the others are frozen and have no gradients
     cost: PartCost
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
     ends: Group  # gathered all through forward and backward: embedders, last layer
-    last_layer: int  # elements of it, whose gradients exist all through backward
+    last_layer: int  # trained elements of it, whose gradients exist all through backward
     blocks: tuple[Group, ...]  # in the order they run
 
     @property
     def elements(self) -> int:
         return self.ends.elements + sum(block.elements for block in self.blocks)
+
+    @property
+    def trained(self) -> int:
+        return self.ends.trained + sum(block.trained for block in self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class Role:
     optimizer: float = 0.0
     ema: float = 0.0
     shards: int = 1
+    base: float = 0.0  # bytes of the frozen network that a trained role adapts, all shards together
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ def held(roles: Sequence[Role], batch: float) -> Memory:
     """What is there all the time, gradients included."""
     trained, frozen = [r for r in roles if r.gradients], [r for r in roles if not r.gradients]
     return Memory(
-        parameters=sum(r.elements * r.weights / r.shards for r in trained),
+        parameters=sum((r.elements * r.weights + r.base) / r.shards for r in trained),
         gradients=sum(r.elements * r.gradients / r.shards for r in trained),
         optimizer=sum(r.elements * r.optimizer / r.shards for r in trained),
         ema=sum(r.elements * r.ema / r.shards for r in trained),
@@ -134,7 +140,7 @@ def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bo
     for i in reversed(range(len(blocks))):
         block, cost = blocks[i], blocks[i].cost
         kept -= cost.kept
-        gradients = base.gradients if accumulating else base.gradients * reduced / network.elements
+        gradients = base.gradients if accumulating else base.gradients * reduced / network.trained
         now = replace(base, gradients=gradients)
         ahead = sum(sizes[max(0, i - sharding.ahead_backward) : i])
         others = weight * ends.elements + (weight * sum(sizes[:i]) if sharding.all_stay else wire * ahead)
@@ -147,11 +153,11 @@ def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bo
                 activations=kept + cost.backward_peak,
             ),
         )
-        copied = (reduce + weight) * block.elements + last_gradients
+        copied = (reduce + weight) * block.trained + last_gradients
         yield Moment(f"reducing {block.name} {i}", replace(now, gathered=others, reducing=copied, activations=kept))
-        reduced, on_its_way = reduced + block.elements, block.elements
+        reduced, on_its_way = reduced + block.trained, block.trained
 
-    yield Moment("reducing the ends", replace(base, reducing=(reduce + weight) * ends.elements))
+    yield Moment("reducing the ends", replace(base, reducing=(reduce + weight) * ends.trained))
     yield Moment("optimizer step", base)
 
 

@@ -97,7 +97,11 @@ def _memory(
 def _speed(policy: Checkpointing, setup: Setup, estimates: Mapping[Checkpointing, Estimate]) -> Iterator[str]:
     values = list(estimates.values())
     rows = [
-        ("useful TFLOP", [f"{e.useful_flops / 1e12:.1f}" for e in values], "formula: three times forward"),
+        (
+            "useful TFLOP",
+            [f"{e.useful_flops / 1e12:.1f}" for e in values],
+            "formula: three times forward, less what frozen weights save",
+        ),
         ("computed TFLOP", [f"{e.computed_flops / 1e12:.1f}" for e in values], "traced: recomputation included"),
         ("of it recomputed in blocks", [f"{e.recomputed_flops / 1e12:.1f}" for e in values], "traced"),
     ]

@@ -7,6 +7,7 @@ process group of any size that moves nothing. The first takes seconds, the secon
 All that torch calls private and this project uses for estimates is imported in this file. It was run on torch 2.13.
 """
 
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +33,11 @@ from kontext_train.distributed.parallelize import parallelize
 from kontext_train.distributed.setup import forget_meshes
 from kontext_train.estimation.memory import PartCost
 from kontext_train.models.attention import AttentionFunction
-from kontext_train.models.config import FluxConfig
+from kontext_train.models.config import FluxConfig, LoraConfig, lora_targets
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning
 from kontext_train.models.layers import rope
+from kontext_train.models.lora import FrozenLinear, exchange_linears
 from kontext_train.models.sequence import LayoutPart, SampleShape, SequenceLayout, build_layout
 from kontext_train.objectives.flow_matching import velocity_error
 from kontext_train.training.config import OptimizerConfig
@@ -140,6 +142,7 @@ def trace_parts(
     parallel: ParallelConfig,
     attention: AttentionFunction,
     pad_to: int | None = None,
+    lora: LoraConfig | None = None,
 ) -> Parts:
     """Cost of each part for one pack, with the checkpointing that `parallel` asks for, uncompiled and in param_dtype.
 
@@ -151,10 +154,13 @@ def trace_parts(
         with _default_dtype(getattr(torch, parallel.param_dtype.value)):
             inside = attention if parallel.cp == 1 else ulysses(attention, group)
             network = Flux(replace(model, depth=1, depth_single_blocks=1), inside)
+            if lora is not None and lora.rank:
+                _adapt_as_gathered(network, lora, model)
         double, single = network.double_blocks[0], network.single_blocks[0]
         dtype = network.img_in.weight.dtype
         stream = (len(mine.sample_of_img_I), mine.txt_tokens)
-        vec_SD = torch.zeros(len(shapes), model.hidden_size, dtype=dtype, requires_grad=True)
+        learns = network.time_in.in_layer.weight.requires_grad
+        vec_SD = torch.zeros(len(shapes), model.hidden_size, dtype=dtype, requires_grad=learns)
         img_ID, txt_TD, x_ND = (
             torch.zeros(n, model.hidden_size, dtype=dtype, requires_grad=True) for n in (*stream, sum(stream))
         )
@@ -171,6 +177,21 @@ def trace_parts(
             ends=_cost(lambda: (_loss(network, batch),), formulas),
             batch=_batch_bytes(batch),
         )
+
+
+def _adapt_as_gathered(network: Flux, lora: LoraConfig, model: FluxConfig) -> None:
+    """Frozen with adapters, in the dtype that is computed in: a block of each kind with all that its kind has anywhere.
+
+    What comes into the last layer has a gradient, though the blocks that give it one are taken out of `network`.
+    """
+    kinds = {re.sub(r"\.\d+\.", ".0.", name, count=1) for name in lora_targets(lora, model)}
+    network.requires_grad_(False)
+    exchange_linears(network, replace(lora, targets=sorted(kinds)))
+    for module in [m for m in network.modules() if isinstance(m, FrozenLinear)]:
+        for name, kept in list(module.named_parameters()):
+            gathered = torch.empty_like(kept, dtype=torch.get_default_dtype())
+            setattr(module, name, nn.Parameter(gathered, requires_grad=kept.requires_grad))
+    network.img_in.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
 def _cost(forward: Callable[[], tuple[Tensor, ...]], formulas: AttentionFormulas) -> PartCost:

@@ -41,9 +41,9 @@ def collectives(network: Network, sharding: Sharding, cp: int, packs: int) -> It
             stays = network.ends.elements + network.blocks[-1].elements if sharding.last_stays else 0
             again = elements - stays
         yield Collective("all-gather", shards, 1, packs * sharding.wire_bytes * (elements + again), hidden=True)
-        yield Collective("reduce-scatter", shards, 1, packs * sharding.reduce_bytes * elements, hidden=True)
+        yield Collective("reduce-scatter", shards, 1, packs * sharding.reduce_bytes * network.trained, hidden=True)
     if replicas > 1:
-        reduced = packs * sharding.reduce_bytes * elements / shards
+        reduced = packs * sharding.reduce_bytes * network.trained / shards
         yield Collective("all-reduce", replicas, shards, reduced, hidden=True)
     if cp > 1:
         exchanged = packs * sum(block.cost.exchanged for block in network.blocks)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kontext_train.errors import ConfigError
@@ -24,15 +25,18 @@ from kontext_train.evaluation.trained import (
     EXPORT_ORIGIN,
     Origin,
     empty_model,
+    load_adapters,
+    lora_config,
     read_config,
     read_origin,
     section,
     stream_parameters,
 )
 from kontext_train.flow.config import ShiftConfig
-from kontext_train.models.config import FluxConfig
+from kontext_train.models.config import FluxConfig, LoraConfig
 from kontext_train.models.diffusers_format import to_diffusers, transformer_config
-from kontext_train.models.safetensors_files import Spec, plan_files, write_files
+from kontext_train.models.lora_format import to_peft
+from kontext_train.models.safetensors_files import Spec, holds_weights, plan_files, write_files
 from kontext_train.models.weights import SCALED_FLOAT8, scale_name
 
 # The parts of a pipeline that training leaves as they were, and the classes that read them.
@@ -43,6 +47,8 @@ ENCODER_PARTS = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "T5TokenizerFast"),
 }
+
+LORA_CONFIG = "kontext_train_lora_config"  # safetensors metadata key: the config of the run that adapters come from
 
 Convert = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter to the tensors that are stored for it
 
@@ -102,6 +108,20 @@ def write_pipeline(source: Source, out: Path, dtype: torch.dtype, max_bytes: int
         usage = _pipeline_usage(source, out, dtype) if encoders is not None else _transformer_usage(out, dtype)
         (folder / "README.md").write_text(model_card(source, out.name, count, dtype, usage))
     return count
+
+
+def write_lora(source: Source, out: Path, dtype: torch.dtype) -> int:
+    """The adapters of a LoRA run, as diffusers and PEFT name them. Returns the number of parameters."""
+    if holds_weights(source.path) or lora_config(source.config) is None:
+        rule = "has no adapters: its run trained all weights, or it is an export"
+        raise ConfigError("checkpoint", str(source.path), rule, "Use format=bfl, or a checkpoint of a LoRA run")
+    adapters = load_adapters(source.path, source.config, source.ema)
+    hidden_size = section(FluxConfig, source.config["model"]).hidden_size
+    tensors = to_peft(adapters, section(LoraConfig, source.config["lora"]), hidden_size)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    with _whole_or_not(out) as folder:
+        save_file(tensors, folder / out.name, {"format": "pt", LORA_CONFIG: json.dumps(source.config)})
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def check_encoders(path: Path) -> None:

@@ -17,10 +17,11 @@ from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.models.attention import AttentionFunction, attention_function, cpu_attention, usable_backend
-from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxConfig
+from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxConfig, GuidanceIn, LoraConfig
 from kontext_train.models.flux import Flux
+from kontext_train.models.lora import base_digest, empty_adapters, merged
 from kontext_train.models.safetensors_files import holds_weights, read_metadata
-from kontext_train.models.weights import StoredParameters, load
+from kontext_train.models.weights import StoredParameters, assign, load
 from kontext_train.training import checkpoint
 
 # safetensors metadata keys of an export, both JSON
@@ -113,11 +114,41 @@ def load_model(path: Path, config: dict[str, Any], ema: bool, attention: Attenti
     """The float32 network of a checkpoint (of its averaged weights, if ema) or of an export, on the CPU."""
     model = empty_model(config, attention)
     model.to_empty(device="cpu")
-    if _is_checkpoint(path):
+    if not _is_checkpoint(path):
+        load(model, path)
+    elif lora_config(config) is None:
         _load_checkpoint(path, config, ema, dict(model.named_parameters()))
     else:
-        load(model, path)
+        for name, value in _stream_merged(model, path, config, ema):
+            assign(model.get_parameter(name), value)
     return model
+
+
+def lora_config(config: dict[str, Any]) -> LoraConfig | None:
+    """None if the run trained all weights."""
+    lora = section(LoraConfig, config.get("lora", {}))
+    return lora if lora.rank else None
+
+
+def load_adapters(path: Path, config: dict[str, Any], ema: bool) -> dict[str, Tensor]:
+    """float32 adapters of a LoRA run's checkpoint, by the names of models/lora.py."""
+    adapters = empty_adapters(empty_model(config), section(LoraConfig, config["lora"]))
+    _load_checkpoint(path, config, ema, adapters)
+    return adapters
+
+
+def _stream_merged(model: Flux, path: Path, config: dict[str, Any], ema: bool) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of a LoRA run's checkpoint, which holds adapters alone: those of its base, adapters merged in."""
+    base, guidance_in = config["weights"]["student"], GuidanceIn(config["weights"]["guidance_in"])
+    hint = "Put back the file that the run began with"
+    if not Path(base).exists():
+        raise ConfigError("weights.student", base, f"is gone, and {path} holds only adapters to it", hint)
+    if base_digest(base) != checkpoint.read_record(path)["base"]:
+        raise ConfigError("weights.student", base, f"holds other weights than those that {path} adapts", hint)
+    stored, adapters = StoredParameters(model, base, guidance_in), load_adapters(path, config, ema)
+    lora = section(LoraConfig, config["lora"])
+    for name, parameter in model.named_parameters():
+        yield name, merged(name, stored.rows(name, 0, parameter.shape[0]).float(), adapters, lora)
 
 
 def stream_parameters(path: Path, config: dict[str, Any], ema: bool) -> Iterator[tuple[str, Tensor]]:
@@ -128,6 +159,9 @@ def stream_parameters(path: Path, config: dict[str, Any], ema: bool) -> Iterator
         stored = StoredParameters(model, path)
         for name, shape in shapes.items():
             yield name, stored.rows(name, 0, shape[0]).float()
+        return
+    if lora_config(config) is not None:
+        yield from _stream_merged(model, path, config, ema)
         return
     for group in _groups(shapes):
         tensors = {name: torch.empty(shapes[name]) for name in group}

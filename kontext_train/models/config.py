@@ -1,8 +1,10 @@
 """Choices of this room. Torch-free, so that a command line is checked before anything heavy is imported."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,48 @@ class GuidanceIn(Enum):
     require = "require"  # file and model must agree
     add = "add"  # the file has none and the model gets one that changes no output at first
     drop = "drop"  # the file's is left out
+
+
+class BaseDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float8 = "float8"  # the blocks' matrices, with a scale for each row; the rest is bfloat16
+
+
+@dataclass(slots=True)
+class LoraConfig:
+    """Adapters of low rank on a frozen network (Hu et al. 2021, arXiv 2106.09685). Rank 0 trains all weights."""
+
+    rank: int = 0
+    alpha: float = 16.0  # adapters count alpha / rank times
+    # Linears of the blocks by their dotted names; * stands for anything. Attention and MLP, all that multiplies tokens.
+    targets: list[str] = field(default_factory=lambda: ["*_attn.*", "*_mlp.*", "*.linear?"])
+    base_dtype: BaseDtype = BaseDtype.bfloat16  # in which the frozen network is kept; adapters are float32
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError("lora.rank", self.rank, "must not be negative", "16 is usual, 0 trains all weights")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError("lora.alpha", self.alpha, "must be positive", "Equal to lora.rank it scales by 1")
+        if self.rank and not self.targets:
+            raise ConfigError("lora.targets", self.targets, "must name at least one linear", 'For example ["*_attn.*"]')
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def lora_targets(config: LoraConfig, model: FluxConfig) -> list[str]:
+    """Names of the linears that get an adapter. ConfigError naming every pattern that fits none."""
+    double, single = block_linears(model)
+    linears = [f"double_blocks.{i}.{name}" for i in range(model.depth) for name in double]
+    linears += [f"single_blocks.{i}.{name}" for i in range(model.depth_single_blocks) for name in single]
+    idle = [pattern for pattern in config.targets if not any(fnmatchcase(name, pattern) for name in linears)]
+    if idle:
+        known = [f"double_blocks.N.{name}" for name in double] + [f"single_blocks.N.{name}" for name in single]
+        rule = f"fits no linear of the blocks: {', '.join(idle)}"
+        raise ConfigError("lora.targets", config.targets, rule, f"Known: {', '.join(known)}")
+    return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in config.targets)]
 
 
 class EncoderDtype(Enum):

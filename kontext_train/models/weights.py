@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from kontext_train.models.config import GuidanceIn, InitConfig
 from kontext_train.models.diffusers_format import Rows, is_diffusers, stored_rows
 from kontext_train.models.flux import Flux, initial_tensor
+from kontext_train.models.lora import as_kept, base_names, initial_adapter, is_adapter
 from kontext_train.models.safetensors_files import StoredTensors
 from kontext_train.randomness import generator
 
@@ -51,25 +52,37 @@ def _local(parameter: Tensor) -> Tensor:
 
 def initialise(model: nn.Module, config: InitConfig, seed: int) -> None:
     """Fill every parameter from its name and the seed alone: the same network at every world size."""
+    parameters = dict(model.named_parameters())
+    for name in base_names(parameters):
+        full = initial_tensor(name, parameters[name].shape, config, generator(seed, "init", name))
+        for kept_name, value in as_kept(name, full, parameters):
+            assign(parameters[kept_name], value)
+
+
+def initialise_adapters(model: nn.Module, seed: int) -> None:
+    """Fill the adapters of a network that has any, in the same way."""
     for name, parameter in model.named_parameters():
-        assign(parameter, initial_tensor(name, parameter.shape, config, generator(seed, "init", name)))
+        if is_adapter(name):
+            assign(parameter, initial_adapter(name, parameter.shape, generator(seed, "init", name)))
 
 
 @torch.no_grad()
 def load(model: Flux, path: str | Path, guidance_in: GuidanceIn = GuidanceIn.require, seed: int = 0) -> None:
-    """Fill every parameter from safetensors. Each rank reads the rows that it holds, one tensor at a time.
+    """Fill every parameter but adapters from safetensors. Each rank reads the rows that it holds, a tensor at a time.
 
     path, guidance_in and what is raised before anything is filled: as for `StoredParameters`. seed: of what
     guidance_in=add draws.
     """
     stored = StoredParameters(model, path, guidance_in)
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name in base_names(parameters):
         if name in stored.added:
-            _fill_added(name, parameter, model.config.init, seed)
+            _fill_added(name, parameters[name], model.config.init, seed)
             continue
-        start, stop = own_rows(parameter)
+        start, stop = own_rows(parameters[name])
         if start < stop:
-            _local(parameter).copy_(stored.rows(name, start, stop))
+            for kept_name, rows in as_kept(name, stored.rows(name, start, stop), parameters):
+                _local(parameters[kept_name]).copy_(rows)
 
 
 class StoredParameters:
@@ -85,7 +98,8 @@ class StoredParameters:
         names = self._stored.names()
         embedder = {name for name in names if name.startswith(("guidance_in.", "time_text_embed.guidance_embedder."))}
         _check_guidance(path, guidance_in, in_file=bool(embedder), in_model=model.guidance_in is not None)
-        wanted = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
+        wanted = {name: parameters[name] for name in base_names(parameters)}
         self.added: set[str] = set()
         match guidance_in:
             case GuidanceIn.require:

@@ -99,13 +99,19 @@ def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
         if was.get(key) != wants[key]:
             rule = f"but {path} was saved with {was.get(key)!r}"
             raise ConfigError(key, wants[key], rule, "Restore it, or start a new run.dir with weights.student")
+    if saved.get("base") != now.get("base"):
+        rule = f"holds other weights than those that {path} adapts"
+        given = now["config"]["weights"]["student"]
+        raise ConfigError("weights.student", given, rule, "Give the file that the run began with, wherever it is now")
 
 
 def _what_decides_tensors(config: dict[str, Any]) -> dict[str, Any]:
     model = {f"model.{k}": v for k, v in config["model"].items() if k not in ("attention", "init")}
     averaged = {"ema.half_life_images > 0": config["ema"]["half_life_images"] > 0}
     moments = config["optimizer"].get("moments", "float32")  # older checkpoints had no other
-    return model | averaged | {"optimizer.name": config["optimizer"]["name"], "optimizer.moments": moments}
+    lora = config.get("lora", {"rank": 0})
+    adapters = {f"lora.{k}": lora[k] for k in (lora if lora["rank"] else ("rank",))}
+    return model | adapters | averaged | {"optimizer.name": config["optimizer"]["name"], "optimizer.moments": moments}
 
 
 def load(path: Path, state: dict[str, Any]) -> None:

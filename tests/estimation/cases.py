@@ -6,7 +6,7 @@ from kontext_train.estimation.memory import Memory, Moment, Network, Sharding, h
 from kontext_train.estimation.packs import TokenMix
 from kontext_train.estimation.simulation import fused_attention
 from kontext_train.models.attention import AttentionFunction
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import EncodersConfig, FluxConfig, LoraConfig
 from kontext_train.models.sequence import SampleShape
 from kontext_train.training.config import OptimizerConfig
 
@@ -17,11 +17,15 @@ PACK = (SampleShape(64, (16, 16), ((16, 16),)), SampleShape(64, (8, 16)))
 
 
 def setup(
-    model: FluxConfig = MODEL, pack: tuple[SampleShape, ...] = PACK, ema: bool = False, **parallel: object
+    model: FluxConfig = MODEL,
+    pack: tuple[SampleShape, ...] = PACK,
+    ema: bool = False,
+    lora: LoraConfig | None = None,
+    **parallel: object,
 ) -> Setup:
     mix = TokenMix(pack, samples=len(pack), forward_flops=0.0, pad_to=None, source="test")
     config = ParallelConfig(**parallel)  # type: ignore[arg-type]
-    return Setup(model, EncodersConfig(), OptimizerConfig(), config, ema, 1, mix)
+    return Setup(model, EncodersConfig(), OptimizerConfig(), config, ema, 1, mix, lora or LoraConfig())
 
 
 def student_moments(
@@ -29,7 +33,7 @@ def student_moments(
 ) -> tuple[list[Moment], Network, Sharding, Memory]:
     """What is estimated for the student alone, without encoders."""
     parts = traced(case, attention)
-    network = network_of(case.model, case.parallel, world, parts)
+    network = network_of(case.model, case.parallel, world, parts, case.lora)
     sharding = sharding_of(case.model, case.parallel, world)
     base = held(roles(case, network, sharding)[:1], parts.batch)
     return list(moments(base, network, sharding, accumulating=False)), network, sharding, base

@@ -20,16 +20,19 @@ from kontext_train.distributed.parallelize import parallelize
 from kontext_train.distributed.setup import process_group
 from kontext_train.estimation.estimate import Setup, with_checkpointing
 from kontext_train.models.attention import cpu_attention
+from kontext_train.models.config import BaseDtype, LoraConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
+from kontext_train.models.lora import adapt
 from kontext_train.models.sequence import SampleShape
-from kontext_train.models.weights import initialise
+from kontext_train.models.weights import initialise, initialise_adapters
 from kontext_train.training.ema import EMA
 from kontext_train.training.optimizer import PhaseOptimizer
-from tests.estimation.cases import MODEL, estimated_peak, setup
+from tests.estimation.cases import MODEL, PACK, estimated_peak, setup
 from tests.models.flux_cases import pack, random_sample
 from tests.runs import in_processes
 
+FULL = Checkpointing.full
 # Many small blocks and a long pack: what the policies keep must not drown in what they share.
 LONG = (SampleShape(64, (24, 24), ((24, 24),)), SampleShape(64, (16, 32)))
 MANY_BLOCKS = replace(MODEL, hidden_size=64, axes_dim=[8, 12, 12], depth=1, depth_single_blocks=8)
@@ -66,11 +69,13 @@ def measure(case: Setup, peaks: Any) -> None:
         attention = cpu_attention if world.cp_group is None else ulysses(cpu_attention, world.cp_group)
         with torch.device("meta"):
             student = Flux(case.model, attention)
+        adapt(student, case.lora)
         if world.cp_group is not None:
             split_sequence(student, world.cp_group)
         parallelize(student, world.mesh, case.parallel)
         student.to_empty(device="cpu")
         initialise(student, case.model.init, seed=0)
+        initialise_adapters(student, seed=0)
         optimizer = PhaseOptimizer(student, case.optimizer, seed=0)
         ema = EMA(student, half_life_images=100.0)
         packed = pack([random_sample(shape, case.model) for shape in case.mix.largest], guidance=True)
@@ -115,3 +120,15 @@ def test_estimated_memory_is_within_a_tenth_of_what_processes_hold(ranks: int, o
     assert 0.9 < ratios[mine] < 1.1, ratios
     wrong = [ratio for policy, ratio in ratios.items() if policy is not mine]
     assert not any(0.9 < ratio < 1.1 for ratio in wrong), ratios
+
+
+@pytest.mark.parametrize(("ranks", "base"), [(2, BaseDtype.bfloat16), (1, BaseDtype.float8)], ids=str)
+def test_estimated_memory_of_lora_is_within_a_tenth(ranks: int, base: BaseDtype) -> None:
+    """And far below that of training all weights."""
+    model = replace(MODEL, depth=1, depth_single_blocks=6)
+    case = setup(model, PACK, ema=True, lora=LoraConfig(rank=8, base_dtype=base), activation_checkpointing=FULL)
+    peaks = get_context("fork").SimpleQueue()
+    in_processes(ranks, measure, case, peaks)
+    measured = peaks.get()
+    assert 0.9 < estimated_peak(case, ranks, cpu_attention) / measured < 1.1
+    assert estimated_peak(replace(case, lora=LoraConfig()), ranks, cpu_attention) > 1.5 * measured
