@@ -1,17 +1,19 @@
 """kontext-train: one run from configuration to last checkpoint. Read it from top to bottom."""
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
+from kontext_train.config import TrainConfig, as_yaml, check, plain, register_schemas, typed
 from kontext_train.distributed.config import Reshard, world_size_from_environment
 from kontext_train.errors import ConfigError
 
@@ -20,16 +22,46 @@ REQUEUE = 75  # exit status of a run that a signal stopped and that can be resum
 register_schemas()
 
 
+def main() -> None:
+    """`kontext-train --resume-run DIR [key=value ...]`, or everything else that Hydra understands."""
+    if sys.argv[1:2] == ["--resume-run"]:
+        start(lambda: of_run(sys.argv[2:]))
+    else:
+        composed_by_hydra()
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
-    try:
+def composed_by_hydra(composed: DictConfig) -> None:
+    def configured() -> TrainConfig:
         config = typed(composed)
         config.run.dir = str(Path(config.run.dir, sweep_member(HydraConfig.get())))
+        return config
+
+    start(configured)
+
+
+def start(configured: Callable[[], TrainConfig]) -> None:
+    try:
+        config = configured()
         check(config, world_size_from_environment())
         train(config)
     except ConfigError as error:
         print(f"kontext-train: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def of_run(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of a run folder, with `key=value` arguments after it; the run goes on there."""
+    folder = Path(arguments[0]) if arguments else Path()
+    if not (folder / "config.yaml").is_file():
+        rule = "must be a folder that kontext-train wrote, with its config.yaml"
+        raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+        config = typed(compose("config", overrides=list(arguments[1:])))
+    config.run.dir = str(folder)
+    if config.run.resume == "none":
+        config.run.resume = "auto"
+    return config
 
 
 def sweep_member(hydra_config: HydraConf) -> str:
@@ -71,6 +103,9 @@ def train(config: TrainConfig) -> None:
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
+    from kontext_train.training.changes import check_resumable
+    from kontext_train.training.checkpoint_files import place
+    from kontext_train.training.checkpoint_saver import Saver
     from kontext_train.training.ema import EMA
     from kontext_train.training.metrics import RunLog
     from kontext_train.training.optimizer import PhaseOptimizer
@@ -112,18 +147,23 @@ def train(config: TrainConfig) -> None:
         config.model.head_dim,
     )
     attention = attention_function(backend)
-    resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
-    if resume is not None:
-        checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
+    checkpoints = checkpoint.checkpoints_folder(folder, config.checkpoint.folder)
+    candidates = checkpoint.find_resume(config.run.resume, checkpoints)
+    newest = checkpoint.newest_readable(candidates)
+    if newest is not None:
+        check_resumable(newest, checkpoint.read_record(newest), record)
 
     with process_group(config.parallel) as world, watchdog(world, config.parallel) as watch:
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
-        chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
-        resume = Path(chosen) if chosen else None
+        seen = from_main("\n".join(map(str, candidates))) or ""  # file systems may show ranks different things
+        resume = checkpoint.newest_whole(config.run.resume, [place(path) for path in seen.splitlines()])
+        if resume is not None:
+            check_resumable(resume, checkpoint.read_record(resume), record)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(config))))
+            (folder / "config.yaml").write_text(as_yaml(config))
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
+        saver = Saver(checkpoints, config.checkpoint)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
@@ -160,6 +200,7 @@ def train(config: TrainConfig) -> None:
             encoders,
             flops,
             BadSamples(config.data.max_bad_fraction, folder, world.is_main),
+            saver,
             record,
         )
         if resume is not None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
+from kontext_train.training.checkpoint_saver import LOSS, Saver
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
 from kontext_train.training.metrics import RunLog, peak_tflops
@@ -31,6 +32,8 @@ from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.schedule import lr_factor
 from kontext_train.training.signals import StopRequest, stop_on_signals
 from kontext_train.training.validation import Validation
+
+SETTLE_S = 60.0  # that a failing run waits for the save under way, while its other ranks wait for it
 
 
 class Interrupted(Exception):
@@ -68,16 +71,16 @@ class Trainer:
         encoders: Encoders,
         flops: ForwardFlops,
         bad: BadSamples,
+        saver: Saver,
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
         self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
-        self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
+        self.encoders, self.flops, self.bad, self.saver, self.record = encoders, flops, bad, saver, record
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
-        self.folder = Path(config.dir) / "checkpoints"
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -89,8 +92,15 @@ class Trainer:
             except Interrupted:
                 raise
             except BaseException as error:
+                if isinstance(error, Exception):
+                    self.settle()
                 self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
                 raise
+
+    def settle(self) -> None:
+        """Let the save under way become complete, if it can soon. If not, the next save removes what there is of it."""
+        with suppress(Exception):  # the run has an error of its own
+            self.saver.finish(min(SETTLE_S, self.watch.timeout_s / 2))
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
@@ -106,19 +116,21 @@ class Trainer:
             self.count(window, pixels)
             log.advance()
             self.at("stop check")
+            self.saver.check()
             stopping = self.agree_to_stop(stop, pixels)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
                 log.write(self.step, self.summary(window, peak) | self.recompiles.metrics())
                 window = Window(time.perf_counter())
-            paused = time.perf_counter()
+            paused, loss = time.perf_counter(), None
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
                 self.at("validation")
-                self.validate(validation, log)
+                loss = self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.at("save")
-                self.save()
+                self.save(loss, last or stopping)
+                log.write(self.step, self.saver.metrics())
             window.paused += time.perf_counter() - paused
             if self.bad.too_many():
                 raise self.bad.error()
@@ -208,15 +220,18 @@ class Trainer:
             "speed/mfu": total["tflop"] / self.world.size / seconds / peak,
         }
 
-    def validate(self, validation: Validation, log: RunLog) -> None:
+    def validate(self, validation: Validation, log: RunLog) -> float:
+        """Returns the loss, the same on every rank."""
         student = self.objective.modules["student"]
         picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied() if self.ema is not None else nullcontext():
-            log.write(self.step, validation.losses(student))
+            losses = validation.losses(student)
+            log.write(self.step, losses)
             if validation.config.pictures:
                 validation.draw(student, picture)
                 log.picture(self.step, "samples", picture)
             reshard(student)
+        return losses["validation/loss"]
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
@@ -229,10 +244,10 @@ class Trainer:
             "ema": self.ema.average if self.ema is not None else {},
         }
 
-    def save(self) -> None:
+    def save(self, validation_loss: float | None, wait: bool) -> None:
+        """wait: until the checkpoint is complete, and not only copied to host memory."""
         place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
-        record = self.record | place
-        checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
+        self.saver.save(self.step, self.state(), self.record | place | {LOSS: validation_loss}, wait)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""

@@ -22,6 +22,7 @@ from kontext_train.models.config import AttentionBackend, EncodersConfig, FluxCo
 from kontext_train.models.flux import Flux
 from kontext_train.models.weights import load
 from kontext_train.training import checkpoint
+from kontext_train.training.checkpoint_files import place
 
 EXPORT_CONFIG = "kontext_train_config"  # safetensors metadata key of an export
 
@@ -50,15 +51,23 @@ class Trained:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run folder, or an exported file. ConfigError otherwise."""
-    path = Path(path)
+    """A checkpoint folder, or the newest complete one of a run folder or of a folder of checkpoints, or an exported
+    file. ConfigError otherwise.
+    """
+    path = place(str(path), key="checkpoint")
     if path.suffix == ".safetensors" and path.is_file():
         return path
-    newest = checkpoint.complete_checkpoints(path / "checkpoints")
+    newest = checkpoint.complete_checkpoints(_checkpoints_of(path)) or checkpoint.complete_checkpoints(path)
     if newest:
         return newest[-1]
     checkpoint.read_record(path)
     return path
+
+
+def _checkpoints_of(run: Path) -> Path:
+    config = run / "config.yaml"
+    given = OmegaConf.load(str(config)).checkpoint.folder if config.is_file() else None
+    return checkpoint.checkpoints_folder(run, given)
 
 
 def read_config(path: Path) -> dict[str, Any]:

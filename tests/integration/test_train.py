@@ -109,6 +109,7 @@ def killed_in_step_seven(config: TrainConfig) -> None:
     def train_phase(self: Trainer, *arguments: Any) -> Any:
         result = made(self, *arguments)
         if self.step == 6:
+            self.saver.finish()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -133,7 +134,7 @@ def noting_visits(config: TrainConfig, folder: Path) -> None:
 
 def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp_path: Path) -> None:
     """Two steps on two processes, one on three, the rest of the epoch on one: each of 200 samples is seen once."""
-    options = ("run.save_every_steps=1", "run.keep_checkpoints=100", "data.tokens_per_pack=128")
+    options = ("run.save_every_steps=1", "checkpoint.keep_last=100", "data.tokens_per_pack=128")
     for steps, processes, workers in ((2, 2, 2), (3, 3, 1), (90, 1, 0)):
         config = small_config(shards, tmp_path, f"run.steps={steps}", f"data.workers={workers}", *options)
         in_processes(processes, noting_visits, config, tmp_path)
@@ -147,10 +148,10 @@ def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp
 def test_an_unfinished_save_is_neither_taken_nor_kept(shards: Path, tmp_path: Path) -> None:
     run(small_config(shards, tmp_path, "run.steps=2"))
     folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "step_00000002", folder / "step_00000003.partial")
+    shutil.copytree(folder / "step_00000002", folder / "step_00000003", ignore=shutil.ignore_patterns("COMPLETE"))
     shutil.copytree(folder / "step_00000002", folder / "step_00000004")
     (folder / "step_00000004" / "COMPLETE").unlink()
-    assert checkpoint.find_resume("auto", folder) == folder / "step_00000002"
+    assert checkpoint.find_resume("auto", folder) == [folder / "step_00000002"]
     run(small_config(shards, tmp_path, "run.steps=4"))
     assert [p.name for p in sorted(folder.iterdir())] == ["step_00000002", "step_00000004"]
     assert resolve(tmp_path).name == "step_00000004"
@@ -176,7 +177,8 @@ def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: 
     run(small_config(shards, tmp_path / "a", "run.steps=2", "run.save_every_steps=1"))
     start = f"run.resume={tmp_path / 'a' / 'checkpoints' / 'step_00000001'}"
     run(small_config(shards, tmp_path / "same", "run.steps=2", start))
-    run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, "optimizer.weight_decay=50"))
+    decayed = ("optimizer.weight_decay=50", "run.allow_changes=[optimizer]")
+    run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, *decayed))
     assert largest_difference(weights(tmp_path / "same"), weights(tmp_path / "a")) == 0
     assert largest_difference(weights(tmp_path / "decayed"), weights(tmp_path / "a")) > 1e-3
 
@@ -241,7 +243,7 @@ def _in_own_group(config: TrainConfig) -> None:
 
 
 def test_checkpoints_explain_themselves_and_old_ones_go(shards: Path, tmp_path: Path) -> None:
-    run(small_config(shards, tmp_path, "run.steps=6", "run.save_every_steps=1", "run.keep_checkpoints=2"))
+    run(small_config(shards, tmp_path, "run.steps=6", "run.save_every_steps=1", "checkpoint.keep_last=2"))
     kept = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
     assert [p.name for p in kept] == ["step_00000005", "step_00000006"]
     record = json.loads((kept[-1] / "record.json").read_text())
