@@ -24,11 +24,13 @@ from kontext_train.training.metrics import read_metrics
 from tests.models.flux_cases import random_flux
 from tests.runs import SMALL, run, small_config
 
+AS_TRAINED = ("ema.half_life_images=100", "optimizer.lr=1e-2")
+
 
 @pytest.fixture(scope="module")
 def trained_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    run(small_config(shards, folder, "run.steps=30", "ema.half_life_images=100", "optimizer.lr=1e-2"))
+    run(small_config(shards, folder, "run.steps=30", *AS_TRAINED))
     return folder
 
 
@@ -154,10 +156,10 @@ def test_a_used_folder_is_not_overwritten_unasked(trained_run: Path, shards: Pat
         ("ema.half_life_images=0", r"ema\.half_life_images=0\.0: but .* was saved with 100\.0"),
         (
             "optimizer={lr: 2e-3, betas: [0.8, 0.9]}",
-            r"allow_changes=\[\]: .* optimizer\.lr \(was 0\.001, now 0\.002\), optimizer\.betas \(was .*allow_changes="
+            r"allow_changes=\[\]: .* optimizer\.lr \(was 0\.01, now 0\.002\), optimizer\.betas \(was .*allow_changes="
             r"\[optimizer\.lr,optimizer\.betas\]",
         ),
-        ("optimizer={name: muon, lr: 2e-3}", r"optimizer\.name='muon': .* Changed: .*optimizer\.lr \(was 0\.001"),
+        ("optimizer={name: muon, lr: 2e-3}", r"optimizer\.name='muon': .* Changed: .*optimizer\.lr \(was 0\.01"),
         ("run.allow_changes=[optimiser.lr]", r"run\.allow_changes=\['optimiser\.lr'\]: optimiser\.lr is no option"),
         ("parallel.param_dtype=bfloat16", r"parallel\.param_dtype \(was 'float32', now 'bfloat16'\)"),
     ],
@@ -166,7 +168,7 @@ def test_resuming_as_another_run_is_refused_by_key(
     trained_run: Path, shards: Path, override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(small_config(shards, trained_run, "run.steps=40", "ema.half_life_images=100", override))
+        train(small_config(shards, trained_run, "run.steps=40", *AS_TRAINED, override))
 
 
 def test_a_damaged_checkpoint_is_named(trained_run: Path, shards: Path, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_a_damaged_checkpoint_is_named(trained_run: Path, shards: Path, tmp_path
     (file,) = (tmp_path / "run" / "checkpoints" / "step_00000030").glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ConfigError, match=r"step_00000030 is damaged: __0_0\.distcp has \d+ bytes, \d+ when written"):
-        train(small_config(shards, tmp_path / "run", "run.steps=40", "ema.half_life_images=100"))
+        train(small_config(shards, tmp_path / "run", "run.steps=40", *AS_TRAINED))
 
 
 def outcome(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
