@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchao.float8  # noqa: F401 - once, and not in every forked run
 
 from kontext_train.config import TrainConfig
@@ -22,7 +23,7 @@ from kontext_train.train import REQUEUE, train
 from kontext_train.trainer import Trainer
 from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
-from tests.runs import fork, in_processes, run, small_config
+from tests.runs import fork, in_processes, run, small_config, start
 from tests.servers import often, web_server
 
 
@@ -235,6 +236,47 @@ def test_a_signal_to_the_group_saves_and_asks_to_be_requeued(
     assert code == REQUEUE
     saved = resolve(tmp_path)
     assert checkpoint.read_record(saved)["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_save_under_way(
+    shards: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keep_all = ("run.save_every_steps=3", "checkpoint.keep_last=100")
+    config = small_config(shards, tmp_path, "run.steps=100000", "parallel.timeout_s=20", *keep_all)
+    ranks = start(2, on_a_slow_disk, config)
+    while len(losses(tmp_path)) < 4:
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.02)
+    os.kill(ranks[1].pid or 0, number)
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert [rank.exitcode for rank in ranks] == [REQUEUE, REQUEUE]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    saved = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
+    assert saved == [*range(3, last, 3), last]
+    assert f"step {last} waits for the save of step {saved[-2]}: the last one waits for it" in capfd.readouterr().err
+
+
+def on_a_slow_disk(config: TrainConfig) -> None:
+    """A run whose saves take a second."""
+    save = dcp.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1)
+        return save(*arguments, **options)
+
+    dcp.save = slow
+    train(config)
+
+
+def test_a_failing_run_completes_the_save_under_way(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dcp, "save", dcp.save)  # put back afterwards
+    with pytest.raises(FloatingPointError, match="step 1, phase student, rank 0: gradient norm is"):
+        on_a_slow_disk(small_config(shards, tmp_path, "run.steps=20", "optimizer.lr=1e30", "run.save_every_steps=1"))
+    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000001"]
 
 
 def _in_own_group(config: TrainConfig) -> None:
