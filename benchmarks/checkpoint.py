@@ -138,9 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name, process_group(ParallelConfig()) as world:
         results = measure(Run(world.mesh), Path(name), arguments.saves)
-    print(
-        f"{results['parameters'] / 1e6:.1f} M parameters, {results['state_gib']:.2f} GiB, step {results['step_s']:.2f} s"
-    )
+    size, gib = results["parameters"] / 1e6, results["state_gib"]
+    print(f"{size:.1f} M parameters, {gib:.2f} GiB, step {results['step_s']:.2f} s")
     for name in ("asynchronous", "synchronous"):
         told = ", ".join(f"{key} {value:.3f}" for key, value in results[name].items())
         print(f"{name:>14}  {told}")
