@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -56,8 +57,11 @@ def of_run(arguments: Sequence[str]) -> TrainConfig:
     if not (folder / "config.yaml").is_file():
         rule = "must be a folder that kontext-train wrote, with its config.yaml"
         raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
-    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        config = typed(compose("config", overrides=list(arguments[1:])))
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            config = typed(compose("config", overrides=list(arguments[1:])))
+    except HydraException as error:
+        raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
     config.run.dir = str(folder)
     if config.run.resume == "none":
         config.run.resume = "auto"

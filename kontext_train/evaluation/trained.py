@@ -66,7 +66,7 @@ def resolve(path: str | Path) -> Path:
 
 def _checkpoints_of(run: Path) -> Path:
     config = run / "config.yaml"
-    given = OmegaConf.load(str(config)).checkpoint.folder if config.is_file() else None
+    given = OmegaConf.select(OmegaConf.load(str(config)), "checkpoint.folder") if config.is_file() else None
     return checkpoint.checkpoints_folder(run, given)
 
 

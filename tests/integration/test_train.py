@@ -294,6 +294,19 @@ def test_checkpoints_explain_themselves_and_old_ones_go(shards: Path, tmp_path: 
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_the_best_by_validation_stays(shards: Path, tmp_path: Path) -> None:
+    validation = (f"data.validation={shards}", "validation.samples=2", "validation.pictures=0")
+    every = ("run.validate_every_steps=1", "run.save_every_steps=1", "checkpoint.keep_best=1", "checkpoint.keep_last=1")
+    run(small_config(shards, tmp_path, "run.steps=5", "optimizer.lr=0.3", *validation, *every))
+    judged = {
+        r["step"]: r["validation/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation/loss" in r
+    }
+    best = min(judged, key=judged.__getitem__)
+    assert best < 5, "with such a rate it gets worse"
+    kept = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
+    assert kept == [best, 5]
+
+
 def test_a_nonfinite_gradient_stops_before_the_update_and_names_the_samples(shards: Path, tmp_path: Path) -> None:
     config = small_config(shards, tmp_path, "run.steps=20", "optimizer.lr=1e30", "run.save_every_steps=1")
     with pytest.raises(

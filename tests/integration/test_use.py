@@ -223,6 +223,8 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     expected = of_run([str(trained_run), "run.steps=32"])
     expected.run.dir = again.run.dir
     assert again == expected
+    with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
+        of_run([str(folder), "run.stepz=3"])
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
         of_run(["/nowhere"])
 
