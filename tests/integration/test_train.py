@@ -259,11 +259,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_save_under_way(
 
 
 def on_a_slow_disk(config: TrainConfig) -> None:
-    """A run whose saves take a second."""
+    """A run whose saves take a while."""
     save = dcp.save
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        time.sleep(1)
+        time.sleep(0.5)
         return save(*arguments, **options)
 
     dcp.save = slow
