@@ -27,6 +27,7 @@ from kontext_train.models.config import (
 )
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
+    CheckpointConfig,
     EMAConfig,
     HealthConfig,
     LoggingConfig,
@@ -62,16 +63,21 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig}
 
 
 def register_schemas() -> None:
     """Make Hydra compose onto these dataclasses, so that it refuses unknown keys and wrong types by dotted key."""
     store = ConfigStore.instance()
     store.store(name="schema", node=TrainConfig)
-    store.store(group="schema/objective", name="flow_matching", node=FlowMatchingConfig)
+    for name, objective in OBJECTIVES.items():
+        store.store(group="schema/objective", name=name, node=objective)
 
 
 def typed(composed: DictConfig) -> TrainConfig:
@@ -122,6 +128,13 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
+def as_yaml(config: TrainConfig) -> str:
+    """The config as a file that Hydra composes to the same again."""
+    (objective,) = (name for name, kind in OBJECTIVES.items() if kind is type(config.objective))
+    defaults = ["schema", {"schema/objective@objective": objective}, "_self_"]
+    return OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, **plain(config)}))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -153,6 +166,7 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     if config.schedule.warmup_steps > config.run.steps:
         rule = f"must not exceed run.steps={config.run.steps}"
         raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
+    _check_keeping(config)
 
 
 def check(config: TrainConfig, world_size: int) -> None:
@@ -210,6 +224,16 @@ def _check_lora(config: TrainConfig) -> None:
         rule = "is for weights that train, and lora.rank > 0 freezes them"
         hint = "Use parallel.float8=none; lora.base_dtype=float8 keeps frozen weights in a byte each"
         raise ConfigError("parallel.float8", config.parallel.float8.value, rule, hint)
+
+
+def _check_keeping(config: TrainConfig) -> None:
+    save_every, validate_every = config.run.save_every_steps, config.run.validate_every_steps
+    if config.checkpoint.keep_every_steps % save_every:
+        rule = f"must be a multiple of run.save_every_steps={save_every}, or none of these steps is saved"
+        raise ConfigError("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, rule, "Round it")
+    if config.checkpoint.keep_best and (config.data.validation is None or save_every % validate_every):
+        rule = "needs data.validation, and run.save_every_steps to be a multiple of run.validate_every_steps"
+        raise ConfigError("checkpoint.keep_best", config.checkpoint.keep_best, rule, "Validate at each save")
 
 
 def _check_master_dtype(config: TrainConfig) -> None:

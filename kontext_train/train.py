@@ -1,17 +1,20 @@
 """kontext-train: one run from configuration to last checkpoint. Read it from top to bottom."""
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kontext_train.config import TrainConfig, check, plain, register_schemas, typed
+from kontext_train.config import TrainConfig, as_yaml, check, plain, register_schemas, typed
 from kontext_train.distributed.config import Reshard, world_size_from_environment
 from kontext_train.errors import ConfigError
 
@@ -20,16 +23,49 @@ REQUEUE = 75  # exit status of a run that a signal stopped and that can be resum
 register_schemas()
 
 
+def main() -> None:
+    """`kontext-train --resume-run DIR [key=value ...]`, or everything else that Hydra understands."""
+    if sys.argv[1:2] == ["--resume-run"]:
+        start(lambda: of_run(sys.argv[2:]))
+    else:
+        composed_by_hydra()
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(composed: DictConfig) -> None:
-    try:
+def composed_by_hydra(composed: DictConfig) -> None:
+    def configured() -> TrainConfig:
         config = typed(composed)
         config.run.dir = str(Path(config.run.dir, sweep_member(HydraConfig.get())))
+        return config
+
+    start(configured)
+
+
+def start(configured: Callable[[], TrainConfig]) -> None:
+    try:
+        config = configured()
         check(config, world_size_from_environment())
         train(config)
     except ConfigError as error:
         print(f"kontext-train: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def of_run(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of a run folder, with `key=value` arguments after it; the run goes on there."""
+    folder = Path(arguments[0]) if arguments else Path()
+    if not (folder / "config.yaml").is_file():
+        rule = "must be a folder that kontext-train wrote, with its config.yaml"
+        raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            config = typed(compose("config", overrides=list(arguments[1:])))
+    except HydraException as error:
+        raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
+    config.run.dir = str(folder)
+    if config.run.resume == "none":
+        config.run.resume = "auto"
+    return config
 
 
 def sweep_member(hydra_config: HydraConf) -> str:
@@ -61,7 +97,6 @@ def train(config: TrainConfig) -> None:
     from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.memory import record_history
     from kontext_train.distributed.parallelize import parallelize, shard
-    from kontext_train.distributed.reduce import from_main
     from kontext_train.distributed.setup import process_group
     from kontext_train.distributed.watchdog import watchdog
     from kontext_train.models.attention import attention_function, usable_backend
@@ -73,6 +108,8 @@ def train(config: TrainConfig) -> None:
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
+    from kontext_train.training.changes import check_resumable
+    from kontext_train.training.checkpoint_saver import Saver
     from kontext_train.training.ema import EMA
     from kontext_train.training.health import Health
     from kontext_train.training.heartbeat import heartbeat
@@ -114,7 +151,6 @@ def train(config: TrainConfig) -> None:
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
     folder = Path(config.run.dir)
-    config_yaml = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     check_hardware(config.parallel)
     backend = usable_backend(
         config.model.attention,
@@ -123,9 +159,11 @@ def train(config: TrainConfig) -> None:
         config.model.head_dim,
     )
     attention = attention_function(backend)
-    resume = checkpoint.find_resume(config.run.resume, folder / "checkpoints")
-    if resume is not None:
-        checkpoint.check_resumable(resume, checkpoint.read_record(resume), record)
+    checkpoints = checkpoint.checkpoints_folder(folder, config.checkpoint.folder)
+    candidates = checkpoint.find_resume(config.run.resume, checkpoints)
+    newest = checkpoint.newest_readable(candidates)
+    if newest is not None:
+        check_resumable(newest, checkpoint.read_record(newest), record)
 
     if config.health.memory_history and not torch.cuda.is_available():
         rule = "is of a GPU's allocator, and there is no GPU"
@@ -137,16 +175,18 @@ def train(config: TrainConfig) -> None:
         heartbeat(folder / "heartbeat.json" if world.is_main else None) as beats,
     ):
         torch.manual_seed(config.run.seed)  # nothing draws from it; were it to, runs would still repeat
-        chosen = from_main(str(resume) if resume else None)  # file systems may show ranks different things
-        resume = Path(chosen) if chosen else None
+        resume = checkpoint.newest_whole(config.run.resume, candidates)
+        if resume is not None:
+            check_resumable(resume, checkpoint.read_record(resume), record)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config_yaml)
+            (folder / "config.yaml").write_text(as_yaml(config))
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
-        record_start(folder, world, config_yaml, resume)
+        record_start(folder, world, as_yaml(config), resume)
         if config.health.memory_history:
             record_history(config.health.memory_history)
             watch.snapshot = folder / "memory" / f"rank_{world.rank:04d}.pickle"
+        saver = Saver(checkpoints, config.checkpoint)
 
         # Models: meta -> parallelize -> to_empty -> fill every parameter.
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
@@ -191,6 +231,7 @@ def train(config: TrainConfig) -> None:
                 beats,
                 Profiler(config.profiler, folder, world.rank),
             ),
+            saver,
             record,
         )
         if resume is not None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kontext_train.data.plan import Position
 from kontext_train.distributed.float8 import plain, refresh_scales
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.recompiles import Recompiles
-from kontext_train.distributed.reduce import from_main, sum_counts, sum_over_ranks
+from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
@@ -24,6 +24,7 @@ from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
+from kontext_train.training.checkpoint_saver import LOSS, Saver
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
 from kontext_train.training.health import Health
@@ -33,6 +34,8 @@ from kontext_train.training.schedule import lr_factor
 from kontext_train.training.signals import StopRequest, stop_on_signals
 from kontext_train.training.stability import Unstable
 from kontext_train.training.validation import Validation
+
+SETTLE_S = 60.0  # that a failing run waits for the save under way, while its other ranks wait for it
 
 
 class Interrupted(Exception):
@@ -76,16 +79,17 @@ class Trainer:
         flops: ForwardFlops,
         bad: BadSamples,
         health: Health,
+        saver: Saver,
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
         self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
-        self.encoders, self.flops, self.bad, self.health, self.record = encoders, flops, bad, health, record
+        self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
+        self.health, self.saver = health, saver
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
-        self.folder = Path(config.dir) / "checkpoints"
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -97,10 +101,17 @@ class Trainer:
             except Interrupted:
                 raise
             except BaseException as error:
+                if isinstance(error, Exception):
+                    self.settle()
                 self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
                 raise
             finally:
                 self.health.profiler.close()
+
+    def settle(self) -> None:
+        """Let the save under way become complete, if it can soon. If not, the next save removes what there is of it."""
+        with suppress(Exception):  # the run has an error of its own
+            self.saver.finish(min(SETTLE_S, self.watch.timeout_s / 2))
 
     def loop(
         self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest
@@ -123,20 +134,22 @@ class Trainer:
             self.count(window, pixels)
             log.advance()
             self.at("stop check")
+            self.saver.check()
             stopping = self.agree_to_stop(stop, pixels)
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
                 log.write(self.step, self.summary(window, peak) | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
-            paused = time.perf_counter()
+            paused, loss = time.perf_counter(), None
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
                 self.at("validation")
-                self.validate(validation, log)
+                loss = self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.at("save")
                 with self.health.stragglers.timed("save"):
-                    self.save()
+                    self.save(loss, last or stopping)
+                log.write(self.step, self.saver.metrics())
             window.paused += time.perf_counter() - paused
             self.health.profiler.step()
             if self.bad.too_many():
@@ -224,15 +237,18 @@ class Trainer:
             "speed/mfu": total["tflop"] / self.world.size / seconds / peak,
         }
 
-    def validate(self, validation: Validation, log: RunLog) -> None:
+    def validate(self, validation: Validation, log: RunLog) -> float:
+        """Returns the loss, the same on every rank."""
         student = self.objective.modules["student"]
         picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied() if self.ema is not None else nullcontext():
-            log.write(self.step, validation.losses(student))
+            losses = validation.losses(student)
+            log.write(self.step, losses)
             if validation.config.pictures:
                 validation.draw(student, picture)
                 log.picture(self.step, "samples", picture)
             reshard(student)
+        return losses["validation/loss"]
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
@@ -245,11 +261,11 @@ class Trainer:
             "ema": self.ema.average if self.ema is not None else {},
         }
 
-    def save(self) -> None:
+    def save(self, validation_loss: float | None, wait: bool) -> None:
+        """wait: until the checkpoint is complete, and not only copied to host memory."""
         place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
-        place |= {"stability": self.health.stability.state()}
-        record = self.record | place
-        checkpoint.save(self.folder, self.step, self.state(), record, self.config.keep_checkpoints)
+        place |= {"stability": self.health.stability.state(), LOSS: validation_loss}
+        self.saver.save(self.step, self.state(), self.record | place, wait)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, at any world size."""
@@ -278,15 +294,16 @@ class Trainer:
         if not self.health.stability.may_roll_back():
             raise error
         self.at("roll back")
-        newest = checkpoint.complete_checkpoints(self.folder)[-1:]
-        path = from_main(str(newest[0]) if newest else None)
+        self.saver.finish()
+        path = checkpoint.newest_whole("auto", checkpoint.find_resume("auto", self.saver.folder))
         if path is None:
-            error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {self.folder} has no checkpoint yet")
+            where = self.saver.folder
+            error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {where} has no checkpoint yet")
             raise error
         failed_at = self.step
         for optimizer in self.optimizers.values():
             optimizer.zero()
-        self.restore(Path(path))
+        self.restore(path)
         self.position = position
         self.health.stability.rolled_back(failed_at, self.step)
         log.rewind(self.step)

@@ -61,6 +61,7 @@ class Estimate:
 
     peak: Moment
     host: float  # bytes in the memory of the host, for each GPU
+    checkpoint: float  # bytes that all ranks write together
     collectives: tuple[Collective, ...]
     useful_flops: float  # three times forward
     computed_flops: float  # recomputation included
@@ -102,6 +103,7 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     return Estimate(
         peak=peak,
         host=everything.total - base.total,
+        checkpoint=(everything.parameters + everything.optimizer + everything.ema) * sharding.shards,
         collectives=sent,
         useful_flops=useful,
         computed_flops=work.matrix_flops + work.float8_flops + work.attention_flops,

@@ -89,6 +89,7 @@ def _memory(
     rows += [
         (f"kept by a {kind}-stream block", [_gib(e.kept[i]) for e in values], "traced") for i, kind in enumerate(kinds)
     ]
+    rows.append(("a checkpoint, of all ranks", [_gib(e.checkpoint) for e in values], "formula"))
     if any(e.host for e in values):
         rows.append(("in the host's memory", [_gib(e.host) for e in values], "formula"))
     yield from _table("memory of one GPU, GiB", policy, estimates, rows)

@@ -23,6 +23,7 @@ from kontext_train.models.lora import base_digest, empty_adapters, merged
 from kontext_train.models.safetensors_files import holds_weights, read_metadata
 from kontext_train.models.weights import StoredParameters, assign, load
 from kontext_train.training import checkpoint
+from kontext_train.training.checkpoint_files import COMPLETE, place
 
 # safetensors metadata keys of an export, both JSON
 EXPORT_CONFIG = "kontext_train_config"
@@ -63,9 +64,12 @@ class Origin:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest complete one of a run folder, or an export. ConfigError otherwise."""
-    path = Path(path)
-    newest = checkpoint.complete_checkpoints(path / "checkpoints")  # even where an export lies beside them
+    """A checkpoint folder, or the newest complete one of a run folder or of a folder of checkpoints, or an export.
+    ConfigError otherwise.
+    """
+    path = place(str(path), key="checkpoint")
+    newest = checkpoint.complete_checkpoints(_checkpoints_of(path))  # even where an export lies beside them
+    newest = newest or checkpoint.complete_checkpoints(path)
     if newest:
         return newest[-1]
     if not holds_weights(path):
@@ -74,7 +78,13 @@ def resolve(path: str | Path) -> Path:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / checkpoint.COMPLETE).is_file()
+    return (path / COMPLETE).is_file()
+
+
+def _checkpoints_of(run: Path) -> Path:
+    config = run / "config.yaml"
+    given = OmegaConf.select(OmegaConf.load(str(config)), "checkpoint.folder") if config.is_file() else None
+    return checkpoint.checkpoints_folder(run, given)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""Checkpoints: a torch.distributed.checkpoint folder for each kept step, complete or not there.
+"""Checkpoints of a run: where they are, which of them are complete and whole, and how to go on from one.
 
     run.dir/checkpoints/step_00001000/   *.distcp, .metadata   tensors, sharded by rank, readable at any world size
                                          record.json           step, position in the data, composed config, digests
-                                         COMPLETE              written last
+                                         checksums.json        size and CRC-32 of every file above
+                                         COMPLETE              written last: the CRC-32 of checksums.json
 
-A folder is written as `step_N.partial` and renamed when every rank is done, so a kill at any moment leaves either the
-whole checkpoint or none. No generator and no schedule is saved: both are functions of the step.
+A folder without COMPLETE is nothing: a save in progress, or what a kill left of one, which the next save removes. No
+generator and no schedule is saved: both are functions of the step. checkpoint_saver.py writes what is read here.
 """
 
 import json
-import shutil
+import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,22 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from kontext_train.distributed.reduce import from_main
 from kontext_train.errors import ConfigError
+from kontext_train.training.checkpoint_files import COMPLETE, RECORD, damage, place, storage_reader
 
-COMPLETE = "COMPLETE"
+
+def checkpoints_folder(run_dir: Path, given: str | None) -> Path:
+    """Where a run keeps its checkpoints. given: checkpoint.folder."""
+    return place(given) if given is not None else run_dir / "checkpoints"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -32,52 +44,27 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(marker.parent for marker in folder.glob(f"step_????????/{COMPLETE}"))
 
 
-def save(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep: int) -> Path:
-    """Save on all ranks; returns the folder. Older complete checkpoints beyond `keep` are removed afterwards."""
-    final = checkpoint_path(folder, step)
-    assert not (final / COMPLETE).exists(), f"{final} was saved before"
-    partial = final.with_suffix(".partial")
-    main = dist.get_rank() == 0
-    if main:
-        for left in folder.glob("step_*.partial"):  # by a kill during an earlier save
-            shutil.rmtree(left)
-        shutil.rmtree(final, ignore_errors=True)  # renamed but killed before COMPLETE
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(state, checkpoint_id=partial)
-    if main:
-        (partial / "record.json").write_text(json.dumps(record, indent=2))
-        partial.rename(final)
-        (final / COMPLETE).touch()
-        for old in complete_checkpoints(folder)[:-keep]:
-            gone = old.with_suffix(".partial")  # first, so that a kill here leaves nothing that looks whole
-            old.rename(gone)
-            shutil.rmtree(gone)
-    dist.barrier()
-    return final
+def find_resume(resume: str, folder: Path) -> list[Path]:
+    """The checkpoints to go on from, newest first: the next is for when one turns out to be damaged. [] starts afresh.
 
-
-def find_resume(resume: str, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None to start afresh.
-
-    resume: `auto` takes the newest complete checkpoint of `folder`; `none` insists on a folder without any; a step
-    folder is where a run begins, and once the run has a checkpoint of its own it goes on from that, so that a requeued
-    job does not begin again.
+    resume: `auto` takes the complete checkpoints of `folder`; `none` insists on a folder without any; a step folder is
+    where a run begins, and once the run has checkpoints of its own it goes on from those, so that a requeued job does
+    not begin again.
     """
-    existing = complete_checkpoints(folder)
+    existing = complete_checkpoints(folder)[::-1]
     if resume == "none" and existing:
         rule = f"but {folder} holds checkpoints of an earlier run, which it would replace"
         raise ConfigError("run.resume", resume, rule, "Use run.resume=auto, or another run.dir")
     if resume in ("auto", "none"):
-        return existing[-1] if existing else None
-    inside = Path(resume).resolve().parent == folder.resolve()
-    if existing and not inside:
-        return existing[-1]
-    read_record(Path(resume), key="run.resume")
-    if existing and Path(resume).resolve() != existing[-1].resolve():
-        rule = f"but {existing[-1].name} is newer and the two would mix"
+        return existing
+    named = place(resume)
+    if existing and named.resolve().parent != folder.resolve():
+        return existing
+    read_record(named, key="run.resume")
+    if existing and named.resolve() != existing[0].resolve():
+        rule = f"but {existing[0].name} is newer and the two would mix"
         raise ConfigError("run.resume", resume, rule, "Remove the newer ones, or use another run.dir")
-    return Path(resume)
+    return [named]
 
 
 def read_record(path: Path, key: str = "checkpoint") -> dict[str, Any]:
@@ -85,33 +72,45 @@ def read_record(path: Path, key: str = "checkpoint") -> dict[str, Any]:
     if not (path / COMPLETE).is_file():
         rule = f"is not a complete checkpoint (it has no {COMPLETE} file)"
         raise ConfigError(key, str(path), rule, "Give a step_N folder that has one")
-    return json.loads((path / "record.json").read_text())
+    try:
+        return _record(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(key, str(path), f"is damaged: {RECORD}: {error}", "Use another checkpoint") from error
 
 
-def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """ConfigError unless a checkpoint's record fits the run that resumes it: the same tensors and the same plan."""
-    if saved["plan"] != now["plan"]:
-        rule = f"but {path} was planned with other data settings (shards, run.seed, data.*, encoders.t5_tokens)"
-        hint = "Samples would be lost or repeated. Restore them, or start a new run.dir with weights.student"
-        raise ConfigError("run.resume", str(path), rule, hint)
-    was, wants = _what_decides_tensors(saved["config"]), _what_decides_tensors(now["config"])
-    for key in wants:
-        if was.get(key) != wants[key]:
-            rule = f"but {path} was saved with {was.get(key)!r}"
-            raise ConfigError(key, wants[key], rule, "Restore it, or start a new run.dir with weights.student")
-    if saved.get("base") != now.get("base"):
-        rule = f"holds other weights than those that {path} adapts"
-        given = now["config"]["weights"]["student"]
-        raise ConfigError("weights.student", given, rule, "Give the file that the run began with, wherever it is now")
+def _record(path: Path) -> dict[str, Any]:
+    return json.loads((path / RECORD).read_bytes())
 
 
-def _what_decides_tensors(config: dict[str, Any]) -> dict[str, Any]:
-    model = {f"model.{k}": v for k, v in config["model"].items() if k not in ("attention", "init")}
-    averaged = {"ema.half_life_images > 0": config["ema"]["half_life_images"] > 0}
-    moments = config["optimizer"].get("moments", "float32")  # older checkpoints had no other
-    lora = config.get("lora", {"rank": 0})
-    adapters = {f"lora.{k}": lora[k] for k in (lora if lora["rank"] else ("rank",))}
-    return model | adapters | averaged | {"optimizer.name": config["optimizer"]["name"], "optimizer.moments": moments}
+def newest_readable(paths: Sequence[Path]) -> Path | None:
+    """The first of `paths` whose record can be read: enough to judge a configuration by, before the ranks meet."""
+    for path in paths:
+        with suppress(OSError, ValueError):
+            _record(path)
+            return path
+    return None
+
+
+def newest_whole(resume: str, paths: Sequence[Path]) -> Path | None:
+    """The first of rank 0's `paths` of which every file is as it was written, or None if there are no paths.
+
+    All ranks call it; each reads its share of the files. What is damaged is named on stderr.
+    Raises ConfigError if nothing is whole, as when `resume` names a folder that is damaged.
+    """
+    rank, ranks, found = dist.get_rank(), dist.get_world_size(), ""
+    seen = from_main("\n".join(map(str, paths))) or ""  # file systems may show ranks different things
+    for path in map(place, seen.splitlines()):
+        problems: list[Any] = [None] * ranks
+        dist.all_gather_object(problems, damage(path, rank, ranks))
+        named = list(dict.fromkeys(problem for own in problems for problem in own))
+        if not named:
+            return path
+        found = f"{path} is damaged: {'; '.join(named[:4])}" + (f" and {len(named) - 4} more" * (len(named) > 4))
+        if rank == 0:
+            print(f"kontext-train: {found}", file=sys.stderr)
+    if found:
+        raise ConfigError("run.resume", resume, found, "Restore it, or remove it and resume from another")
+    return None
 
 
 def load(path: Path, state: dict[str, Any]) -> None:
@@ -122,7 +121,7 @@ def load(path: Path, state: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is meant
         try:
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=storage_reader(path), no_dist=not dist.is_initialized())
         except CheckpointException as error:  # derives from BaseException
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
             raise RuntimeError(f"{path} cannot be read: {reasons}. Remove it to resume from the one before") from error

@@ -109,6 +109,22 @@ class LoggingConfig:
 
 
 @dataclass(slots=True)
+class CheckpointConfig:
+    """Where checkpoints are, which of them stay, and whether training goes on while one is written."""
+
+    folder: str | None = None  # a local folder that all ranks share, or an fsspec URL; none is run.dir/checkpoints
+    asynchronous: bool = True  # train on while a copy in host memory is written; false needs no such copy, and waits
+    keep_last: int = 3
+    keep_best: int = 0  # by validation/loss, of those that were validated when they were saved
+    keep_every_steps: int = 0  # those of such steps stay for ever; 0 is none
+
+    def __post_init__(self) -> None:
+        for key, least in (("keep_last", 1), ("keep_best", 0), ("keep_every_steps", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"checkpoint.{key}", getattr(self, key), f"must be at least {least}", f"Use {least}")
+
+
+@dataclass(slots=True)
 class HealthConfig:
     """What a run does about trouble, and tells of itself. See docs/health.md."""
 
@@ -161,11 +177,11 @@ class RunConfig:
     )
     log_every_steps: int = 10
     save_every_steps: int = 1000
-    keep_checkpoints: int = 3
     validate_every_steps: int = 1000
+    allow_changes: list[str] = field(default_factory=list)  # options, or sections of them, that a resume may change
 
     def __post_init__(self) -> None:
         intervals = ("log_every_steps", "save_every_steps", "validate_every_steps")
-        for key in ("steps", "microbatches", "keep_checkpoints", *intervals):
+        for key in ("steps", "microbatches", *intervals):
             if getattr(self, key) < 1:
                 raise ConfigError(f"run.{key}", getattr(self, key), "must be at least 1", "Give a larger value")

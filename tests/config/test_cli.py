@@ -64,6 +64,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message:
         ("model.axes_dim=[16,56,55]", r"model\.axes_dim=\[16, 56, 55\]: must be three even numbers that sum to"),
         ("data.prompt_dropout=1.5", r"data\.prompt_dropout=1\.5: is a probability"),
         ("parallel.dp_shard=0", r"parallel\.dp_shard=0"),
+        ("checkpoint.keep_last=0", r"checkpoint\.keep_last=0: must be at least 1"),
         ("parallel.timeout_s=0", r"parallel\.timeout_s=0"),
         ("parallel.float8_emulate=true", r"parallel\.float8_emulate=True: emulates parallel\.float8, which is none"),
         ("optimizer={name: muon, moments: int8}", r"optimizer\.moments='int8': is for AdamW"),
@@ -99,6 +100,12 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("weights={student: x, guidance_in: add}", 1, r"guidance_in='add': contradicts model\.guidance_embed=false"),
         ("profiler={steps: 1, ranks: [0, 1]}", 1, r"profiler\.ranks=\[0, 1\]: must be some of the ranks 0 to 0"),
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
+        (
+            "checkpoint.keep_every_steps=1500",
+            1,
+            r"keep_every_steps=1500: must be a multiple of run\.save_every",
+        ),
+        ("checkpoint.keep_best=1", 1, r"checkpoint\.keep_best=1: needs data\.validation, and run\.save_every_steps"),
         ("data.max_pixels=100", 1, r"data\.max_pixels=100: must hold at least one token of 16 x 16"),
         ("model.context_in_dim=32", 1, r"model\.context_in_dim=32: must be what the encoders in .* give, 64"),
         (

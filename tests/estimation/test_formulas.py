@@ -21,6 +21,7 @@ from kontext_train.estimation.roofline import Work, step_time
 from kontext_train.estimation.simulation import Meter
 from kontext_train.estimation.traffic import Collective
 from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.flux import Flux
 from tests.estimation.cases import MODEL, PACK, setup
 from tests.runs import ENCODERS
 
@@ -51,6 +52,14 @@ def test_each_part_of_a_step_takes_its_time_and_collectives_hide_behind_computat
     assert step_time(work, [open_], gpu, 8, sure, compiled=False).waiting == pytest.approx(4.0)
     compiled = step_time(work, [], gpu, 8, sure, compiled=True).elementwise
     assert compiled == pytest.approx(sure.compiled_traffic)
+
+
+def test_a_checkpoint_has_weights_moments_and_average_once_however_it_is_sharded() -> None:
+    parameters = sum(p.numel() for p in Flux(MODEL).parameters())
+    for parallel in ({}, {"dp_replicate": 2}, {"cp": 2}, {"cpu_offload": True}):
+        case = setup(ema=True, **parallel)
+        found = estimate(case, ClusterConfig(world=4), traced(case)).checkpoint
+        assert found == pytest.approx(16 * parameters, rel=0.01)  # rows are shared out unequally
 
 
 def test_float8_needs_its_units() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchao.float8  # noqa: F401 - once, and not in every forked run
 
 from kontext_train.config import TrainConfig
@@ -22,7 +23,7 @@ from kontext_train.train import REQUEUE, train
 from kontext_train.trainer import Trainer
 from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
-from tests.runs import fork, in_processes, run, small_config
+from tests.runs import fork, in_processes, run, small_config, start
 from tests.servers import often, web_server
 
 
@@ -109,6 +110,7 @@ def killed_in_step_seven(config: TrainConfig) -> None:
     def train_phase(self: Trainer, *arguments: Any) -> Any:
         result = made(self, *arguments)
         if self.step == 6:
+            self.saver.finish()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -133,7 +135,7 @@ def noting_visits(config: TrainConfig, folder: Path) -> None:
 
 def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp_path: Path) -> None:
     """Two steps on two processes, one on three, the rest of the epoch on one: each of 200 samples is seen once."""
-    options = ("run.save_every_steps=1", "run.keep_checkpoints=100", "data.tokens_per_pack=128")
+    options = ("run.save_every_steps=1", "checkpoint.keep_last=100", "data.tokens_per_pack=128")
     for steps, processes, workers in ((2, 2, 2), (3, 3, 1), (90, 1, 0)):
         config = small_config(shards, tmp_path, f"run.steps={steps}", f"data.workers={workers}", *options)
         in_processes(processes, noting_visits, config, tmp_path)
@@ -147,10 +149,10 @@ def test_resume_at_other_world_sizes_loses_and_repeats_nothing(shards: Path, tmp
 def test_an_unfinished_save_is_neither_taken_nor_kept(shards: Path, tmp_path: Path) -> None:
     run(small_config(shards, tmp_path, "run.steps=2"))
     folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "step_00000002", folder / "step_00000003.partial")
+    shutil.copytree(folder / "step_00000002", folder / "step_00000003", ignore=shutil.ignore_patterns("COMPLETE"))
     shutil.copytree(folder / "step_00000002", folder / "step_00000004")
     (folder / "step_00000004" / "COMPLETE").unlink()
-    assert checkpoint.find_resume("auto", folder) == folder / "step_00000002"
+    assert checkpoint.find_resume("auto", folder) == [folder / "step_00000002"]
     run(small_config(shards, tmp_path, "run.steps=4"))
     assert [p.name for p in sorted(folder.iterdir())] == ["step_00000002", "step_00000004"]
     assert resolve(tmp_path).name == "step_00000004"
@@ -176,7 +178,8 @@ def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: 
     run(small_config(shards, tmp_path / "a", "run.steps=2", "run.save_every_steps=1"))
     start = f"run.resume={tmp_path / 'a' / 'checkpoints' / 'step_00000001'}"
     run(small_config(shards, tmp_path / "same", "run.steps=2", start))
-    run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, "optimizer.weight_decay=50"))
+    decayed = ("optimizer.weight_decay=50", "run.allow_changes=[optimizer]")
+    run(small_config(shards, tmp_path / "decayed", "run.steps=2", start, *decayed))
     assert largest_difference(weights(tmp_path / "same"), weights(tmp_path / "a")) == 0
     assert largest_difference(weights(tmp_path / "decayed"), weights(tmp_path / "a")) > 1e-3
 
@@ -235,19 +238,73 @@ def test_a_signal_to_the_group_saves_and_asks_to_be_requeued(
     assert checkpoint.read_record(saved)["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_save_under_way(
+    shards: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keep_all = ("run.save_every_steps=3", "checkpoint.keep_last=100")
+    config = small_config(shards, tmp_path, "run.steps=100000", "parallel.timeout_s=20", *keep_all)
+    ranks = start(2, on_a_slow_disk, config)
+    while len(losses(tmp_path)) < 4:
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.02)
+    os.kill(ranks[1].pid or 0, number)
+    for rank in ranks:
+        rank.join(timeout=60)
+    assert [rank.exitcode for rank in ranks] == [REQUEUE, REQUEUE]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    saved = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
+    assert saved == [*range(3, last, 3), last]
+    assert f"step {last} waits for the save of step {saved[-2]}: the last one waits for it" in capfd.readouterr().err
+
+
+def on_a_slow_disk(config: TrainConfig) -> None:
+    """A run whose saves take a while."""
+    save = dcp.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return save(*arguments, **options)
+
+    dcp.save = slow
+    train(config)
+
+
+def test_a_failing_run_completes_the_save_under_way(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dcp, "save", dcp.save)  # put back afterwards
+    with pytest.raises(FloatingPointError, match="step 1, phase student, rank 0: gradient norm is"):
+        on_a_slow_disk(small_config(shards, tmp_path, "run.steps=20", "optimizer.lr=1e30", "run.save_every_steps=1"))
+    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")] == ["step_00000001"]
+
+
 def _in_own_group(config: TrainConfig) -> None:
     os.setpgrp()
     train(config)
 
 
 def test_checkpoints_explain_themselves_and_old_ones_go(shards: Path, tmp_path: Path) -> None:
-    run(small_config(shards, tmp_path, "run.steps=6", "run.save_every_steps=1", "run.keep_checkpoints=2"))
+    run(small_config(shards, tmp_path, "run.steps=6", "run.save_every_steps=1", "checkpoint.keep_last=2"))
     kept = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
     assert [p.name for p in kept] == ["step_00000005", "step_00000006"]
     record = json.loads((kept[-1] / "record.json").read_text())
     assert record["step"] == 6
     assert record["config"]["model"]["hidden_size"] == 32
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_best_by_validation_stays(shards: Path, tmp_path: Path) -> None:
+    validation = (f"data.validation={shards}", "validation.samples=2", "validation.pictures=0")
+    every = ("run.validate_every_steps=1", "run.save_every_steps=1", "checkpoint.keep_best=1", "checkpoint.keep_last=1")
+    run(small_config(shards, tmp_path, "run.steps=5", "optimizer.lr=0.3", *validation, *every))
+    judged = {
+        r["step"]: r["validation/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "validation/loss" in r
+    }
+    best = min(judged, key=judged.__getitem__)
+    assert best < 5, "with such a rate it gets worse"
+    kept = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
+    assert kept == [best, 5]
 
 
 def test_a_nonfinite_gradient_stops_before_the_update_and_names_the_samples(shards: Path, tmp_path: Path) -> None:

@@ -18,15 +18,17 @@ from kontext_train.export import ExportConfig, StorageDtype, Weights, export
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
 from kontext_train.sample import SampleConfig, sample
-from kontext_train.train import train
+from kontext_train.train import of_run, train
 from kontext_train.training.metrics import read_metrics
 from tests.runs import SMALL, run, small_config
+
+AS_TRAINED = ("ema.half_life_images=100", "optimizer.lr=1e-2")
 
 
 @pytest.fixture(scope="module")
 def trained_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    run(small_config(shards, folder, "run.steps=30", "ema.half_life_images=100", "optimizer.lr=1e-2"))
+    run(small_config(shards, folder, "run.steps=30", *AS_TRAINED))
     return folder
 
 
@@ -127,22 +129,30 @@ def test_a_used_folder_is_not_overwritten_unasked(trained_run: Path, shards: Pat
         ("data.tokens_per_pack=200", r"run\.resume=.*step_00000030': but .* was planned with other data settings"),
         ("model.depth_single_blocks=2", r"model\.depth_single_blocks=2: but .* was saved with 1"),
         ("optimizer.name=muon", r"optimizer\.name='muon': but .* was saved with 'adamw'"),
-        ("ema.half_life_images=0", r"ema\.half_life_images > 0=False: but .* was saved with True"),
+        ("ema.half_life_images=0", r"ema\.half_life_images=0\.0: but .* was saved with 100\.0"),
+        (
+            "optimizer={lr: 2e-3, betas: [0.8, 0.9]}",
+            r"allow_changes=\[\]: .* optimizer\.lr \(was 0\.01, now 0\.002\), optimizer\.betas \(was .*allow_changes="
+            r"\[optimizer\.lr,optimizer\.betas\]",
+        ),
+        ("optimizer={name: muon, lr: 2e-3}", r"optimizer\.name='muon': .* Changed: .*optimizer\.lr \(was 0\.01"),
+        ("run.allow_changes=[optimiser.lr]", r"run\.allow_changes=\['optimiser\.lr'\]: optimiser\.lr is no option"),
+        ("parallel.param_dtype=bfloat16", r"parallel\.param_dtype \(was 'float32', now 'bfloat16'\)"),
     ],
 )
 def test_resuming_as_another_run_is_refused_by_key(
     trained_run: Path, shards: Path, override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(small_config(shards, trained_run, "run.steps=40", "ema.half_life_images=100", override))
+        train(small_config(shards, trained_run, "run.steps=40", *AS_TRAINED, override))
 
 
 def test_a_damaged_checkpoint_is_named(trained_run: Path, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(trained_run, tmp_path / "run")
     (file,) = (tmp_path / "run" / "checkpoints" / "step_00000030").glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(RuntimeError, match=r"step_00000030 cannot be read: rank 0"):
-        train(small_config(shards, tmp_path / "run", "run.steps=40", "ema.half_life_images=100"))
+    with pytest.raises(ConfigError, match=r"step_00000030 is damaged: __0_0\.distcp has \d+ bytes, \d+ when written"):
+        train(small_config(shards, tmp_path / "run", "run.steps=40", *AS_TRAINED))
 
 
 def outcome(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -170,3 +180,45 @@ def test_torchrun_starts_the_module(shards: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "checkpoints" / "step_00000002" / "record.json").read_text())
     assert record["position"]["legs"] == [[2, 2]]
+
+
+def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Path) -> None:
+    """Even when it was moved; what else is said comes on top, and is judged like any change."""
+    folder = tmp_path / "moved"
+    shutil.copytree(trained_run, folder)
+    kontext_train = [sys.executable, "-m", "kontext_train.train", "--resume-run"]
+    refused = outcome([*kontext_train, str(folder), "optimizer.lr=1e-3"], tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert "run.allow_changes=[]: does not name all that changed since " in refused.stderr
+    assert "optimizer.lr (was 0.01, now 0.001)." in refused.stderr
+    done = outcome([*kontext_train, str(folder), "run.steps=32"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {folder}/checkpoints/step_00000030" in done.stderr
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 33))
+    again = of_run([str(folder)])
+    expected = of_run([str(trained_run), "run.steps=32"])
+    expected.run.dir = again.run.dir
+    assert again == expected
+    with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
+        of_run([str(folder), "run.stepz=3"])
+    with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
+        of_run(["/nowhere"])
+
+
+def test_allowed_changes_are_made(trained_run: Path, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    changed = ("optimizer.lr=1e-4", "optimizer.betas=[0.8,0.9]", "run.allow_changes=[optimizer.lr,optimizer.betas]")
+    config = small_config(shards, tmp_path / "run", "run.steps=32", *AS_TRAINED, *changed)
+    run(config)
+    assert read_config(tmp_path / "run" / "checkpoints" / "step_00000032")["optimizer"]["lr"] == 1e-4
+    run(config)  # as a requeued job would
+    config.optimizer.lr = 1e-2
+    config.run.allow_changes = []
+    with pytest.raises(ConfigError, match=r"optimizer\.lr \(was 0\.0001, now 0\.01\)\. Restore"):
+        train(config)
+
+
+def test_a_schedule_that_ends_with_the_run_keeps_its_length(shards: Path, tmp_path: Path) -> None:
+    run(small_config(shards, tmp_path, "run.steps=2", "schedule.name=linear"))
+    with pytest.raises(ConfigError, match=r"run\.steps \(was 2, now 3\)"):
+        train(small_config(shards, tmp_path, "run.steps=3", "schedule.name=linear"))
