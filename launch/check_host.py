@@ -1,4 +1,4 @@
-"""What a host must have before torchrun starts on it: launch/torchrun.sh asks, one process a host, standard library only.
+"""What a host must have before torchrun starts on it: launch/torchrun.sh asks, once a host. Standard library only.
 
 Prints what torchrun needs to be told as shell assignments. A host that cannot work ends with status 2 and one line for
 each reason, which names the host; what only may go wrong is a warning. Nothing here waits for another host.

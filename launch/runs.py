@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read(run: Path) -> Progress:
     for line in lines:
         values |= line
     logged = [line for line in lines if "loss" in line and "seconds" in line]
-    pairs = list(zip(logged, logged[1:], strict=False))[-10:]
+    pairs = list(pairwise(logged))[-10:]
     steps = sum(b["step"] - a["step"] for a, b in pairs)
     pace = sum(b["seconds"] for _, b in pairs) / steps if steps else None
     whole = sorted(marker.parent for marker in run.glob("checkpoints/step_????????/COMPLETE"))

@@ -1,7 +1,7 @@
 """How runs are doing: python -m launch.status RUN_DIR ...   (a run, a sweep or a chain; started in any way)
 
-For each run: its state in Slurm if it has one, last step, time left, newest checkpoint, and the last lines of its output
-that tell of an error.
+For each run: its state in Slurm if it has one, last step, time left, newest checkpoint, and the last lines of its
+output that tell of an error.
 """
 
 import re
@@ -13,7 +13,9 @@ from pathlib import Path
 from launch import runs
 from launch.slurm.submission import job_ids, queue
 
-ERROR = re.compile(r"(^|\s)(kontext-train|launch|srun|slurmstepd|submit): |\w*(Error|Exception)\b.*: |Traceback|CANCELLED")
+ERROR = re.compile(
+    r"(^|\s)(kontext-train|launch|srun|slurmstepd|submit): |\w*(Error|Exception)\b.*: |Traceback|CANCELLED"
+)
 TAIL_BYTES = 1 << 16  # of an output
 SHOWN_ERRORS = 5
 

@@ -1,7 +1,7 @@
 """Results of a sweep: python -m launch.sweep SWEEP_DIR   (or several run folders)
 
-Prints a table, best member first, and writes results.csv and results.png into the first folder. Members that failed or are
-not done are in it as they are.
+Prints a table, best member first, and writes results.csv and results.png into the first folder. Members that failed or
+are not done are in it as they are.
 """
 
 import csv
@@ -40,7 +40,7 @@ def table(members: list[Path]) -> list[dict[str, Any]]:
     rows = []
     for member in members:
         now = runs.read(member)
-        row = {"member": member.name, "step": now.step, "steps": now.steps, "finished": now.finished}
+        row: dict[str, Any] = {"member": member.name, "step": now.step, "steps": now.steps, "finished": now.finished}
         rows.append(row | {name: now.values.get(name, math.nan) for name in MEASURES})
     measure = next((m for m in MEASURES if any(not math.isnan(row[m]) for row in rows)), MEASURES[-1])
     return sorted(rows, key=lambda row: (math.isnan(row[measure]), row[measure]))

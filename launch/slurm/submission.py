@@ -1,16 +1,16 @@
 """What a submission leaves in the run folder, so that its jobs depend on nothing that changes after it.
 
-    run.dir/launch/0001/   code/                the packages as they were
-                           commit.txt           of git, and what differed from it
-                           settings.sh          ranks, restarts, Python; then the environment file
-                           jobs/NAME/           one for each job of Slurm's
-                               run_dir          where it trains
-                               overrides        kontext-train's options, one a line
-                               config.yaml      the config they compose, for people
-                               export           if there, it ends with RUN/export.safetensors
-                               command          instead of these four: a script
-                               job_id           written when sbatch took it
-                               output.log       of all its starts
+run.dir/launch/0001/   code/                the packages as they were
+                       commit.txt           of git, and what differed from it
+                       settings.sh          ranks, restarts, Python; then the environment file
+                       jobs/NAME/           one for each job of Slurm's
+                           run_dir          where it trains
+                           overrides        kontext-train's options, one a line
+                           config.yaml      the config they compose, for people
+                           export           if there, it ends with RUN/export.safetensors
+                           command          instead of these four: a script
+                           job_id           written when sbatch took it
+                           output.log       of all its starts
 """
 
 import shlex

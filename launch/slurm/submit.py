@@ -25,7 +25,7 @@ from kontext_train.config import TrainConfig, check, register_schemas, typed
 from kontext_train.errors import ConfigError
 from kontext_train.train import member_name
 from launch.slurm.chain import Stage, read_chain
-from launch.slurm.submission import ROOT, Job, create, job_ids, queue, unfinished
+from launch.slurm.submission import Job, create, job_ids, queue, unfinished
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class Request:
 
 def main() -> None:
     try:
-        submit(Request(**vars(parser().parse_args())))
+        submit(Request(**vars(parser().parse_intermixed_args())))
     except HydraException as error:
         cause = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ else ""
         print(f"submit: {str(error).splitlines()[0]}{cause}. Nothing was queued", file=sys.stderr)
@@ -101,7 +101,11 @@ def submit(request: Request) -> None:
         print(f"submit: {job.run_dir if not job.command else job.command}")
     if request.dry_run:
         return
-    settings = {"PYTHON": sys.executable, "RANKS": request.ranks, "MAX_RESTARTS": request.max_restarts}
+    settings: dict[str, str | int] = {
+        "PYTHON": sys.executable,
+        "RANKS": request.ranks,
+        "MAX_RESTARTS": request.max_restarts,
+    }
     submission = create(root, jobs, settings, request.env)
     if request.multirun:
         _submit_array(submission, jobs, request)
