@@ -200,8 +200,8 @@ def _path(key: str, path: Path) -> str:
 
 def _submit_array(submission: Path, jobs: list[Job], request: Request) -> None:
     tasks = ",".join(job.name for job in jobs) + (f"%{request.at_once}" if request.at_once else "")
-    output = f"{submission}/jobs/%a/output.log"
-    number = _sbatch(request, submission, output, [f"--array={tasks}"], "train.sbatch", [])
+    output = submission / "jobs" / "%a" / "output.log"
+    number = _sbatch(submission, "train.sbatch", output, [f"--array={tasks}", *_training(request)], [])
     for job in jobs:
         (submission / "jobs" / job.name / "job_id").write_text(f"{number}_{job.name}\n")
 
@@ -211,26 +211,28 @@ def _submit_in_turn(submission: Path, jobs: list[Job], request: Request) -> None
     before = ""
     for job in jobs:
         folder = submission / "jobs" / job.name
-        options = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
+        after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
         script = "command.sbatch" if job.command else "train.sbatch"
-        before = _sbatch(request, submission, f"{folder}/output.log", options, script, [job.name])
+        options = _resources(request, 1) if job.command else _training(request)
+        before = _sbatch(submission, script, folder / "output.log", after + options, [job.name])
         (folder / "job_id").write_text(f"{before}\n")
 
 
-def _sbatch(
-    request: Request, submission: Path, output: str, options: list[str], script: str, arguments: list[str]
-) -> str:
+def _training(request: Request) -> list[str]:
+    return [f"--signal=B:USR1@{request.save_s}", *_resources(request, request.nodes)]
+
+
+def _resources(request: Request, nodes: int) -> list[str]:
+    """The user's own options come last: the later of two counts."""
+    gpus = [f"--gpus-per-node={request.gpus}"] if request.cpu_ranks is None else []
+    return [f"--nodes={nodes}", f"--time={request.time}", *gpus, *request.sbatch]
+
+
+def _sbatch(submission: Path, script: str, output: Path, options: list[str], arguments: list[str]) -> str:
     """Queue one job or array; returns its id."""
-    resources = [f"--nodes={request.nodes}", "--ntasks-per-node=1", f"--time={request.time}"]
-    if request.cpu_ranks is None:
-        resources.append(f"--gpus-per-node={request.gpus}")
-    if script == "command.sbatch":
-        resources[0] = "--nodes=1"
-    command = [
-        "sbatch", "--parsable", f"--job-name={submission.parents[1].name}", f"--signal=B:USR1@{request.save_s}",
-        f"--output={output}", *resources, *options, *request.sbatch,
-        str(submission / "code" / "launch" / "slurm" / script), str(submission), *arguments,
-    ]  # fmt: skip
+    name, file = submission.parents[1].name, submission / "code" / "launch" / "slurm" / script
+    command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={output}", *options, str(file)]
+    command += [str(submission), *arguments]
     print(f"submit: {shlex.join(command)}")
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(";")[0]
 
