@@ -1,7 +1,8 @@
 """What a host must have before torchrun starts on it: launch/torchrun.sh asks, once a host. Standard library only.
 
 Prints what torchrun needs to be told as shell assignments. A host that cannot work ends with status 2 and one line for
-each reason, which names the host; what only may go wrong is a warning. Nothing here waits for another host.
+each reason, which names the host; what only may go wrong is a warning. One that can work waits for the head to listen:
+torchrun's own patience for that is the same as for a head that has gone.
 """
 
 import argparse
@@ -23,6 +24,7 @@ SIOCGIFADDR = 0x8915  # Linux ioctl: the IPv4 address of an interface
 OPEN_FILES = 4096  # sockets to ranks, shards and workers' pipes; 1,024 is the usual default and too few
 SHARED_MEMORY_MIB = 256  # a rank: pixel batches travel from its workers through it, and NCCL keeps buffers there
 CLOCK_S = 30.0
+HEAD_S = 600.0  # that hosts may start apart: an image is unpacked sooner on one than on another
 DEBUG_LEVELS = ("VERSION", "WARN", "INFO", "TRACE")
 
 
@@ -55,6 +57,8 @@ def main() -> None:
     name = socket.gethostname()
     for warning in host.warnings:
         print(f"launch: {name}: warning: {warning}", file=sys.stderr)
+    if given.head and not host.is_head and not host.errors:
+        wait_for_head(host, given.head, HEAD_S)
     for error in host.errors:
         print(f"launch: {name}: {error}", file=sys.stderr)
     if host.errors:
@@ -92,6 +96,20 @@ def check_meeting_point(host: Host, head: str, slurm_node: str | None) -> None:
                 listener.bind((head_address, int(port)))
         except OSError as error:
             host.errors.append(f"port {port} cannot be listened on ({error}). Set HEAD to one that is free")
+
+
+def wait_for_head(host: Host, head: str, patience_s: float) -> None:
+    name, _, port = head.rpartition(":")
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((name, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            last = error
+            time.sleep(0.2)
+    hint = "Start its node too, and look at firewalls"
+    host.errors.append(f"HEAD={head} did not answer for {patience_s:g} s ({last}). {hint}")
 
 
 def interface_of(address: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from launch import runs
 from launch.slurm.submission import job_ids, queue
 
-ERROR = re.compile(
-    r"(^|\s)(kontext-train|launch|srun|slurmstepd|submit): |\w*(Error|Exception)\b.*: |Traceback|CANCELLED"
+TELLING = re.compile(
+    r"(\[rank\d+\]: )?((kontext-train|launch|srun|slurmstepd): |(?!torch\.distributed)[\w.]*(Error|Exception): )"
 )
 TAIL_BYTES = 1 << 16  # of an output
 SHOWN_ERRORS = 5
@@ -76,7 +76,7 @@ def _errors(output: Path) -> list[str]:
     with output.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
-    telling = [line.strip() for line in lines if ERROR.search(line)]
+    telling = [line.strip() for line in lines if TELLING.match(line)]
     return [*telling[-SHOWN_ERRORS:], f"all of it: {output}"]
 
 

@@ -20,6 +20,7 @@ if [ "$NODES" != 1 ]; then  # gloo, which carries what is not on a GPU, would ta
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 fi
 # Restarted ranks meet in a store of their own, not in torchrun's, which remembers the addresses of the dead.
+# read_timeout: seconds, several times over, that torchrun waits for the head's answers once the network is gone.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds to save in after a SIGTERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -30,7 +31,7 @@ export KONTEXT_TRAIN_INTERRUPTED
 trap '' USR1               # Slurm sends it to every process of a step. Ranks catch it; torchrun would die of it
 "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --max-restarts="${MAX_RESTARTS:-2}" \
   --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" --rdzv-id="${RUN_ID:-kontext_train}" \
-  --rdzv-conf="is_host=$IS_HEAD" --local-addr="$ADDRESS" -m kontext_train.train "$@" &
+  --rdzv-conf="is_host=$IS_HEAD,read_timeout=20" --local-addr="$ADDRESS" -m kontext_train.train "$@" &
 torchrun=$!
 trap 'kill -TERM "$torchrun" 2>/dev/null' TERM  # torchrun hands it on and waits for the ranks, and this shell for torchrun
 trap : INT                                      # Ctrl-C reaches torchrun too
