@@ -111,6 +111,7 @@ def test_what_cannot_run_is_refused_before_sbatch(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_ends_bitwise_the_same(
     slurm: Cluster, background: Background, straight: Straight, tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_bitwise_the_same(
     assert first == f"{run_dir}: job {job_id(run_dir)}, finished"
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_a_node_goes_on_elsewhere_and_ends_bitwise_the_same(
     slurm: Cluster, straight: Straight, tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_a_job_that_loses_a_node_goes_on_elsewhere_and_ends_bitwise_the_same(
     assert same(run_dir, straight.run_dir)
 
 
+@pytest.mark.slow
 def test_a_failed_member_does_not_take_the_sweep_with_it(slurm: Cluster, background: Background) -> None:
     sweep = background.sweep
     states = [slurm.finish(job_id(sweep, str(i)), PATIENCE_S)["JobState"] for i in range(3)]
@@ -168,6 +171,7 @@ def test_a_failed_member_does_not_take_the_sweep_with_it(slurm: Cluster, backgro
     assert [line.rsplit(", ")[-1] for line in found] == ["finished", "finished", "not queued"]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_again_for_its_unfinished_members_alone(
     slurm: Cluster, background: Background, shards: Path
 ) -> None:
@@ -177,6 +181,7 @@ def test_a_sweep_is_submitted_again_for_its_unfinished_members_alone(
     assert again.stdout == f"submit: {background.sweep}/optimizer.lr=1e+30\n", again.stderr
 
 
+@pytest.mark.slow
 def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background) -> None:
     chain = background.chain
     states = [slurm.finish(job_id(chain, name), PATIENCE_S)["JobState"] for name in ("finetune", "sharpen", "evaluate")]
@@ -190,6 +195,7 @@ def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background) ->
     assert record["config"]["weights"]["student"] == f"{chain}/finetune/export.safetensors"
 
 
+@pytest.mark.slow
 def test_a_chain_ends_with_a_stage_that_fails(slurm: Cluster, shards: Path, tmp_path: Path) -> None:
     """Its weights cannot be loaded; what follows is cancelled and does not wait for ever."""
     (tmp_path / "chain.yaml").write_text(CHAIN)

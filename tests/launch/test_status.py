@@ -50,7 +50,7 @@ def test_what_a_job_said_of_its_failure_is_shown(tmp_path: Path) -> None:
     (job / "run_dir").write_text(f"{run}\n")
     (job / "job_id").write_text("17\n")
     (job / "output.log").write_text(
-        "a warning\nFloatingPointError: step 3: no update\nsrun: error: n2: task 1: Exited\n"
+        "a warning\ntorch.distributed.elastic.ChildFailedError: x\nFloatingPointError: step 3: no update\nsrun: error: n2: task 1: Exited\n"
     )
     lines = report(run)
     assert lines[0] == f"{run}: job 17, not queued"

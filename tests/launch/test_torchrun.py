@@ -38,6 +38,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
     return {int(environment(p)["RANK"]): p for p in ours if "-m kontext_train.train" in command_line(p)}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_ends_bitwise_the_same(straight: Straight, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with torchrun(*straight.slow, f"run.dir={run_dir}", RANKS="2", MAX_RESTARTS="1") as process:
@@ -49,6 +50,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_bitwise_the_same(straig
     assert same(run_dir, straight.run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_saves_and_the_status_says_so(straight: Straight, tmp_path: Path, number: signal.Signals) -> None:
     """TERM to torchrun.sh; USR1, as Slurm does it, to every process. Neither is a failure to start again after."""

@@ -66,6 +66,7 @@ def hosts(installed: None) -> Iterator[Hosts]:
         made.end()
 
 
+@pytest.mark.slow
 def test_a_pulled_cable_ends_both_with_a_reason_and_the_run_goes_on_after(
     hosts: Hosts, straight: Straight, shards: Path, tmp_path: Path
 ) -> None:
