@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs a Slurm for tests/launch: launch/slurm/install_test_slurm.sh. Debian and Ubuntu, as root; nothing is started.
 set -euo pipefail
+exec 9>/tmp/install_test_slurm.lock
+flock 9  # two tests may ask at once
 missing=
 for program in slurmctld slurmd sbatch munged ip nsenter; do command -v "$program" >/dev/null || missing=$program; done
 [ -n "$missing" ] || exit 0

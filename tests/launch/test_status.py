@@ -49,16 +49,12 @@ def test_what_a_job_said_of_its_failure_is_shown(tmp_path: Path) -> None:
     job.mkdir(parents=True)
     (job / "run_dir").write_text(f"{run}\n")
     (job / "job_id").write_text("17\n")
-    (job / "output.log").write_text(
-        "a warning\ntorch.distributed.elastic.ChildFailedError: x\nFloatingPointError: step 3: no update\nsrun: error: n2: task 1: Exited\n"
-    )
+    said = ["a warning", "torch.distributed.elastic.ChildFailedError: x"]
+    telling = ["FloatingPointError: step 3: no update", "srun: error: n2: task 1: Exited"]
+    (job / "output.log").write_text("\n".join(said + telling))
     lines = report(run)
     assert lines[0] == f"{run}: job 17, not queued"
-    assert lines[-3:] == [
-        "  FloatingPointError: step 3: no update",
-        "  srun: error: n2: task 1: Exited",
-        f"  all of it: {job}/output.log",
-    ]
+    assert lines[3:] == [*(f"  {line}" for line in telling), f"  all of it: {job}/output.log"]
 
 
 def test_results_have_the_best_first_and_every_member(tmp_path: Path) -> None:
