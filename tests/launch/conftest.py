@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kontext_train.data.index import build_index
+from kontext_train.data.index_build import build_index
 from tests.launch.cluster import Cluster
 from tests.runs import SMALL, run, small_config
 from tests.servers import web_server
