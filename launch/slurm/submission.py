@@ -39,7 +39,7 @@ class Job:
     command: str = ""
 
 
-def create(root: Path, jobs: list[Job], settings: dict[str, str | int], environment: Path | None) -> Path:
+def create(root: Path, jobs: list[Job], settings: dict[str, str], environment: Path | None) -> Path:
     """Writes the next submission of a run folder; returns it."""
     folder = root / "launch"
     number = max((int(p.name) for p in folder.glob("[0-9]*")), default=0) + 1
@@ -48,7 +48,7 @@ def create(root: Path, jobs: list[Job], settings: dict[str, str | int], environm
     for package in PACKAGES:
         shutil.copytree(ROOT / package, submission / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     (submission / "commit.txt").write_text(_commit())
-    lines = [f"{key}={shlex.quote(str(value))}\n" for key, value in settings.items()]
+    lines = [f"{key}={shlex.quote(value)}\n" for key, value in settings.items()]
     (submission / "settings.sh").write_text("".join(lines) + (environment.read_text() if environment else ""))
     for job in jobs:
         _write_job(submission / "jobs" / job.name, job)

@@ -11,6 +11,7 @@ are copied into run.dir/launch. The same command again resumes what is not finis
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -101,11 +102,11 @@ def submit(request: Request) -> None:
         print(f"submit: {job.run_dir if not job.command else job.command}")
     if request.dry_run:
         return
-    settings: dict[str, str | int] = {
-        "PYTHON": sys.executable,
-        "RANKS": request.ranks,
-        "MAX_RESTARTS": request.max_restarts,
-    }
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "PATH", os.environ.get("PATH"), "has no sbatch", "Submit on a login node; --dry-run needs none"
+        )
+    settings = {"PYTHON": sys.executable, "RANKS": str(request.ranks), "MAX_RESTARTS": str(request.max_restarts)}
     submission = create(root, jobs, settings, request.env)
     if request.multirun:
         _submit_array(submission, jobs, request)
@@ -168,7 +169,9 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
     last: Path | None = None
     for stage in stages:
         if stage.command:
-            command = stage.command.format(export=f"{last}/export.safetensors", run=last, root=root)
+            command = stage.command
+            for name, path in {"export": f"{last}/export.safetensors", "run": last, "root": root}.items():
+                command = command.replace(f"{{{name}}}", str(path))
             jobs.append(Job(stage.name, root / stage.name, [], command=command))
             continue
         overrides = [*request.overrides, *stage.overrides, _path("run.dir", root / stage.name)]
