@@ -4,6 +4,7 @@ Every daemon is remembered as a process of ours and ended as one; nothing of the
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,7 @@ class Cluster:
         # Without it slurmd looks for a mounted cgroup file system and stops where there is none.
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         self.env = os.environ | {"SLURM_CONF": str(self.base / "slurm.conf")}
+        self.started = False
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.nodes = [f"n{i}" for i in range(1, nodes + 1)]
 
@@ -75,6 +77,7 @@ class Cluster:
         for node in self.nodes:
             self.start_node(node)
         until(lambda: self.states() == ["idle"] * len(self.nodes), 30, f"nodes are not idle: see {self.base}/log")
+        self.started = True
 
     def start_node(self, node: str) -> None:
         (self.base / "spool" / node).mkdir(exist_ok=True)
@@ -91,7 +94,11 @@ class Cluster:
         daemon.wait()
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=60)
+        try:
+            done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=20)
+        except subprocess.TimeoutExpired:
+            assert not check, f"{command} does not answer"
+            return ""
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -121,6 +128,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        if self.started:  # or its logs tell why not
+            shutil.rmtree(self.base)
         left = [pid for node in self.nodes for pid in self._processes(node)]
         for pid in left:
             kill(pid)
