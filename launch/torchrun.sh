@@ -6,6 +6,7 @@
 # RUN_ID          of these nodes among others that may meet at HEAD
 # Exit status 75: a signal asked it to stop, it has saved, and the same command goes on. Another one: it failed.
 set -euo pipefail
+trap '' USR1  # Slurm sends it to every process of a step. Ranks catch it; this shell and torchrun would die of it
 HERE=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-python3}
 NODES=${NODES:-1}
@@ -28,7 +29,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # torchrun takes every status but 0 for a failure, starts ranks again and says 1. So ranks that saved tell by this file.
 KONTEXT_TRAIN_INTERRUPTED=$(mktemp -u "${TMPDIR:-/tmp}/kontext_train.XXXXXXXX")
 export KONTEXT_TRAIN_INTERRUPTED
-trap '' USR1               # Slurm sends it to every process of a step. Ranks catch it; torchrun would die of it
 "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --max-restarts="${MAX_RESTARTS:-2}" \
   --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" --rdzv-id="${RUN_ID:-kontext_train}" \
   --rdzv-conf="is_host=$IS_HEAD,read_timeout=20" --local-addr="$ADDRESS" -m kontext_train.train "$@" &
