@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks this host, then trains on it with torchrun: launch/torchrun.sh key=value ...   (kontext-train's options)
-#   one node:   RANKS=8 launch/torchrun.sh ...                         RANKS: on this node; as many as it has GPUs
-#   many:       NODES=4 HEAD=node1:29400 launch/torchrun.sh ...        the same command on every node
+# Checks this host, then trains on it with torchrun: bash launch/torchrun.sh key=value ...   (kontext-train's options)
+#   one node:   RANKS=8 bash launch/torchrun.sh ...                         RANKS: on this node; as many as it has GPUs
+#   many:       NODES=4 HEAD=node1:29400 bash launch/torchrun.sh ...        the same command on every node
 # MAX_RESTARTS=2  times that ranks are started again, from the newest checkpoint, after one of them failed
 # RUN_ID          of these nodes among others that may meet at HEAD
 # Exit status 75: a signal asked it to stop, it has saved, and the same command goes on. Another one: it failed.

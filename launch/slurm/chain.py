@@ -7,7 +7,7 @@
 
 A stage trains in run.dir/NAME with the options of the command line and then its own. `weights` are the roles that start
 from the last export: weights.ROLE=…/export.safetensors. A command may name {export} and {run} of the last stage that
-trained, and {root}, the chain's run.dir.
+trained, and {root}, the chain's run.dir; shell variables are written $NAME, since ${NAME} is OmegaConf's.
 """
 
 from dataclasses import dataclass, field

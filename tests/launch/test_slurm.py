@@ -79,7 +79,7 @@ CHAIN = """\
 stages:
   - {name: finetune}
   - {name: sharpen, overrides: [optimizer.lr=1e-12, run.steps=1]}
-  - {name: evaluate, command: "cp {export} {root}/evaluated.safetensors; ls {run}/checkpoints; echo ${OF_ENV} $OF_SRUN"}
+  - {name: evaluate, command: "cp {export} {root}/evaluated.safetensors; ls {run}/checkpoints; echo $OF_ENV $OF_SRUN"}
 """
 
 
