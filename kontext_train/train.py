@@ -1,5 +1,6 @@
 """kontext-train: one run from configuration to last checkpoint. Read it from top to bottom."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,6 +48,8 @@ def start(configured: Callable[[], TrainConfig]) -> None:
         check(config, world_size_from_environment())
         train(config)
     except ConfigError as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra goes on with the other members, and fails at the end
         print(f"kontext-train: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -69,19 +72,25 @@ def of_run(arguments: Sequence[str]) -> TrainConfig:
 
 
 def sweep_member(hydra_config: HydraConf) -> str:
-    """Folder of one member of a sweep below run.dir, named by what it varies; "" outside of sweeps.
+    """Folder of one member of a sweep below run.dir, named by what it varies; "" outside of sweeps."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return ""
+    arguments = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+    return member_name(arguments, hydra_config.overrides.task, hydra_config.job.num)
+
+
+def member_name(arguments: Sequence[str], task: Sequence[str], number: int) -> str:
+    """Folder of a member of the sweep that `arguments` ask for; task: the member's own values.
 
     What run.dir says for itself, as outputs/${optimizer.lr} does, is not said again.
     """
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return ""
-    given = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+    given = OverridesParser.create().parse_overrides(list(arguments))
     said = next((o.input_line or "" for o in given if o.key_or_group == "run.dir"), "")
     fixed = {o.key_or_group for o in given if not o.is_sweep_override()}
-    varied = {o.lstrip("+").split("=")[0]: o.lstrip("+") for o in hydra_config.overrides.task}
+    varied = {o.lstrip("+").split("=")[0]: o.lstrip("+") for o in task}
     named = [v for key, v in varied.items() if key not in fixed | {"run.dir"} and f"${{{key}}}" not in said]
     name = ",".join(named).replace("/", "_")
-    return name if len(name) <= 200 else f"{name[:190]}_{hydra_config.job.num}"  # file systems stop at 255
+    return name if len(name) <= 200 else f"{name[:190]}_{number}"  # file systems stop at 255
 
 
 def train(config: TrainConfig) -> None:
@@ -271,10 +280,19 @@ def train(config: TrainConfig) -> None:
             failed = False
         except Interrupted as stopped:
             print(f"kontext-train: {stopped}", file=sys.stderr)
-            sys.exit(REQUEUE)
+            sys.exit(interrupted_status())
         finally:
             batches.close()
             log.close(failed)
+
+
+def interrupted_status() -> int:
+    """REQUEUE. Where launch/torchrun.sh names a file, that tells it: torchrun would restart ranks that leave so."""
+    told_by = os.environ.get("KONTEXT_TRAIN_INTERRUPTED")
+    if told_by is None:
+        return REQUEUE
+    Path(told_by).touch()
+    return 0
 
 
 if __name__ == "__main__":

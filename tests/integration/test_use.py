@@ -160,12 +160,13 @@ def outcome(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_every_member(shards: Path, tmp_path: Path) -> None:
-    """As installed, from any folder, with nothing said about run.dir."""
+def test_a_sweep_trains_every_member_that_can_run(shards: Path, tmp_path: Path) -> None:
+    """As installed, from any folder, with nothing said about run.dir. One is refused, and the one after it is not."""
     entry = str(Path(sys.executable).with_name("kontext-train"))
     options = [*(o for o in SMALL if not o.startswith("optimizer.lr")), f"data.train={shards}", "run.steps=2"]
-    done = outcome([entry, "-m", "optimizer.lr=1e-4,3e-4", *options], tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = outcome([entry, "-m", "optimizer.lr=1e-4,-1,3e-4", *options], tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "optimizer.lr=-1.0: must be positive" in done.stderr
     for lr in ("0.0001", "0.0003"):
         member = tmp_path / "outputs" / "run" / f"optimizer.lr={lr}"
         assert read_metrics(member / "metrics.jsonl")[-1]["step"] == 2

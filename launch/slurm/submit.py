@@ -1,0 +1,244 @@
+"""Submits runs to Slurm: python -m launch.slurm.submit [options] key=value ...   (kontext-train's options)
+
+    one run       --nodes 4 --gpus 8 experiment=kontext_finetune data.train=... run.dir=outputs/first
+    a sweep       -m optimizer.lr=1e-5,3e-5 ...          an array: each member in its own folder below run.dir
+    a chain       --chain stages.yaml ...                launch/slurm/chain.py says what is in it
+
+Everything is composed and checked here, with the number of processes it will have: a typo never queues. Code and config
+are copied into run.dir/launch. The same command again resumes what is not finished.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from kontext_train.config import TrainConfig, check, register_schemas, typed
+from kontext_train.errors import ConfigError
+from kontext_train.train import member_name
+from launch.slurm.chain import Stage, read_chain
+from launch.slurm.submission import Job, create, job_ids, queue, unfinished
+
+
+@dataclass(slots=True)
+class Request:
+    """The command line."""
+
+    overrides: list[str]
+    multirun: bool
+    chain: Path | None
+    nodes: int
+    gpus: int
+    cpu_ranks: int | None
+    time: str
+    save_s: int
+    at_once: int | None
+    max_restarts: int
+    env: Path | None
+    sbatch: list[str]
+    dry_run: bool
+
+    @property
+    def ranks(self) -> int:
+        """On each node."""
+        return self.cpu_ranks or self.gpus
+
+
+def main() -> None:
+    try:
+        submit(Request(**vars(parser().parse_intermixed_args())))
+    except HydraException as error:
+        cause = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ else ""
+        print(f"submit: {str(error).splitlines()[0]}{cause}. Nothing was queued", file=sys.stderr)
+        sys.exit(2)
+    except ConfigError as error:
+        print(f"submit: {error}. Nothing was queued", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        print(f"submit: {error.stderr.strip()}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("-m", "--multirun", action="store_true", help="comma-separated values are members of a sweep")
+    made.add_argument("--chain", type=Path, help="YAML file of stages")
+    made.add_argument("--nodes", type=int, default=1)
+    made.add_argument("--gpus", type=int, default=8, help="on each node, a rank for each (default 8)")
+    made.add_argument("--cpu-ranks", type=int, help="on each node, without GPUs")
+    made.add_argument("--time", default="24:00:00", help="after which a job is queued again and resumes (24:00:00)")
+    made.add_argument("--save-s", type=int, default=300, help="seconds before that in which it saves (300)")
+    made.add_argument("--at-once", type=int, help="members of a sweep that run at once")
+    made.add_argument("--max-restarts", type=int, default=2, help="of failed ranks within a job (2)")
+    made.add_argument("--env", type=Path, help="modules, containers, network: launch/env/*.sh")
+    made.add_argument("--sbatch", action="append", default=[], metavar="--OPTION", help="one more option of sbatch's")
+    made.add_argument("--dry-run", action="store_true", help="check and show, write and queue nothing")
+    return made
+
+
+def submit(request: Request) -> None:
+    register_schemas()
+    with initialize_config_module("kontext_train.conf", version_base="1.3"):
+        root, jobs = _jobs(request)
+    if request.env is not None and not request.env.is_file():
+        raise ConfigError("--env", str(request.env), "must be a file", "launch/env has examples")
+    _refuse_busy(root, jobs)
+    if not request.chain:  # a chain's stages wait for one another: all go, and a finished one ends at once
+        jobs = [job for job in jobs if job.config and unfinished(job.run_dir, job.config.run.steps)]
+    if not jobs:
+        print(f"submit: all that {root} asks for is trained")
+        return
+    for job in jobs:
+        print(f"submit: {job.run_dir if not job.command else job.command}")
+    if request.dry_run:
+        return
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "PATH", os.environ.get("PATH"), "has no sbatch", "Submit on a login node; --dry-run needs none"
+        )
+    settings = {"PYTHON": sys.executable, "RANKS": str(request.ranks), "MAX_RESTARTS": str(request.max_restarts)}
+    submission = create(root, jobs, settings, request.env)
+    if request.multirun:
+        _submit_array(submission, jobs, request)
+    else:
+        _submit_in_turn(submission, jobs, request)
+    print(f"submit: see python -m launch.status {root}")
+
+
+def _refuse_busy(root: Path, jobs: list[Job]) -> None:
+    """Two jobs that write one run folder would spoil each other's checkpoints."""
+    known = job_ids(root)
+    queued = queue(list(known.values()))
+    written = {folder: (folder / "run_dir").read_text().strip() for folder in known if (folder / "run_dir").is_file()}
+    wanted = {str(job.run_dir) for job in jobs}
+    for folder, run_dir in written.items():
+        number = known[folder]
+        if number in queued and run_dir in wanted:
+            rule = f"is written by job {number}, {queued[number]}"
+            raise ConfigError("run.dir", run_dir, rule, "Wait, scancel it, or use another run.dir")
+
+
+# -- what to run ---------------------------------------------------------------------------------------------------
+
+
+def _jobs(request: Request) -> tuple[Path, list[Job]]:
+    """The folder of all and the jobs, each checked."""
+    for override in request.overrides:
+        if "\n" in override:
+            raise ConfigError("overrides", override, "must be one line", "Write lists as [a,b]")
+    if request.chain:
+        return _chain_jobs(request, read_chain(request.chain))
+    if request.multirun:
+        return _sweep_jobs(request)
+    config = _checked(request, request.overrides)
+    run_dir = Path(config.run.dir).resolve()
+    return run_dir, [Job("0", run_dir, [*request.overrides, _path("run.dir", run_dir)], config)]
+
+
+def _sweep_jobs(request: Request) -> tuple[Path, list[Job]]:
+    parsed = OverridesParser.create().parse_overrides(request.overrides)
+    (members,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    jobs = []
+    for number, overrides in enumerate(members):
+        base = typed(compose("train", overrides=overrides)).run.dir
+        run_dir = Path(base, member_name(request.overrides, overrides, number)).resolve()
+        own = [*overrides, _path("run.dir", run_dir)]
+        jobs.append(Job(str(number), run_dir, own, _checked(request, own)))
+    folders = [job.run_dir for job in jobs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError("run.dir", str(folder), "is the folder of two members", "Let it name what varies")
+    return Path(os.path.commonpath([folder.parent for folder in folders])), jobs
+
+
+def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]:
+    if request.multirun:
+        raise ConfigError("--chain", str(request.chain), "has no sweeps", "Leave out -m")
+    root = Path(typed(compose("train", overrides=request.overrides)).run.dir).resolve()
+    jobs: list[Job] = []
+    last: Path | None = None
+    for stage in stages:
+        if stage.command:
+            command = stage.command
+            for name, path in {"export": f"{last}/export.safetensors", "run": last, "root": root}.items():
+                command = command.replace(f"{{{name}}}", str(path))
+            jobs.append(Job(stage.name, root / stage.name, [], command=command))
+            continue
+        overrides = [*request.overrides, *stage.overrides, _path("run.dir", root / stage.name)]
+        config = _checked(request, overrides)  # without the weights, which are not there yet
+        if last is not None:
+            overrides += [_path(f"weights.{role}", last / "export.safetensors") for role in stage.weights]
+            typed(compose("train", overrides=overrides))
+        last = root / stage.name
+        jobs.append(Job(stage.name, last, overrides, config, export=True))
+    return root, jobs
+
+
+def _checked(request: Request, overrides: list[str]) -> TrainConfig:
+    config = typed(compose("train", overrides=overrides))
+    check(config, request.nodes * request.ranks)
+    if config.run.resume == "none":
+        raise ConfigError("run.resume", "none", "would end a job that is queued again", "Leave it at auto")
+    return config
+
+
+def _path(key: str, path: Path) -> str:
+    """key='path', as Hydra reads any path whole."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+# -- sbatch --------------------------------------------------------------------------------------------------------
+
+
+def _submit_array(submission: Path, jobs: list[Job], request: Request) -> None:
+    tasks = ",".join(job.name for job in jobs) + (f"%{request.at_once}" if request.at_once else "")
+    output = submission / "jobs" / "%a" / "output.log"
+    number = _sbatch(submission, "train.sbatch", output, [f"--array={tasks}", *_training(request)], [])
+    for job in jobs:
+        (submission / "jobs" / job.name / "job_id").write_text(f"{number}_{job.name}\n")
+
+
+def _submit_in_turn(submission: Path, jobs: list[Job], request: Request) -> None:
+    """Each after the one before has succeeded; all that follow a failed one are cancelled."""
+    before = ""
+    for job in jobs:
+        folder = submission / "jobs" / job.name
+        after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
+        script = "command.sbatch" if job.command else "train.sbatch"
+        options = _resources(request, 1) if job.command else _training(request)
+        before = _sbatch(submission, script, folder / "output.log", after + options, [job.name])
+        (folder / "job_id").write_text(f"{before}\n")
+
+
+def _training(request: Request) -> list[str]:
+    return [f"--signal=B:USR1@{request.save_s}", *_resources(request, request.nodes)]
+
+
+def _resources(request: Request, nodes: int) -> list[str]:
+    """The user's own options come last: the later of two counts."""
+    gpus = [f"--gpus-per-node={request.gpus}"] if request.cpu_ranks is None else []
+    return [f"--nodes={nodes}", f"--time={request.time}", *gpus, *request.sbatch]
+
+
+def _sbatch(submission: Path, script: str, output: Path, options: list[str], arguments: list[str]) -> str:
+    """Queue one job or array; returns its id."""
+    name, file = submission.parents[1].name, submission / "code" / "launch" / "slurm" / script
+    command = ["sbatch", "--parsable", f"--job-name={name}", f"--output={output}", *options, str(file)]
+    command += [str(submission), *arguments]
+    print(f"submit: {shlex.join(command)}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(";")[0]
+
+
+if __name__ == "__main__":
+    main()
