@@ -26,7 +26,6 @@ from kontext_train.evaluation.trained import (
     Origin,
     empty_model,
     load_adapters,
-    lora_config,
     read_config,
     read_origin,
     section,
@@ -36,7 +35,7 @@ from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import FluxConfig, LoraConfig
 from kontext_train.models.diffusers_format import to_diffusers, transformer_config
 from kontext_train.models.lora_format import to_peft
-from kontext_train.models.safetensors_files import Spec, holds_weights, plan_files, write_files
+from kontext_train.models.safetensors_files import Spec, plan_files, write_files
 from kontext_train.models.weights import SCALED_FLOAT8, scale_name
 
 # The parts of a pipeline that training leaves as they were, and the classes that read them.
@@ -112,9 +111,6 @@ def write_pipeline(source: Source, out: Path, dtype: torch.dtype, max_bytes: int
 
 def write_lora(source: Source, out: Path, dtype: torch.dtype) -> int:
     """The adapters of a LoRA run, as diffusers and PEFT name them. Returns the number of parameters."""
-    if holds_weights(source.path) or lora_config(source.config) is None:
-        rule = "has no adapters: its run trained all weights, or it is an export"
-        raise ConfigError("checkpoint", str(source.path), rule, "Use format=bfl, or a checkpoint of a LoRA run")
     adapters = load_adapters(source.path, source.config, source.ema)
     hidden_size = section(FluxConfig, source.config["model"]).hidden_size
     tensors = to_peft(adapters, section(LoraConfig, source.config["lora"]), hidden_size)

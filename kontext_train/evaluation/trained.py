@@ -141,8 +141,12 @@ def lora_config(config: dict[str, Any]) -> LoraConfig | None:
 
 
 def load_adapters(path: Path, config: dict[str, Any], ema: bool) -> dict[str, Tensor]:
-    """float32 adapters of a LoRA run's checkpoint, by the names of models/lora.py."""
-    adapters = empty_adapters(empty_model(config), section(LoraConfig, config["lora"]))
+    """float32 adapters of a LoRA run's checkpoint, by the names of models/lora.py. ConfigError if it is none."""
+    lora = lora_config(config)
+    if lora is None or not _is_checkpoint(path):
+        rule = "has no adapters: its run trained all weights, or it is an export"
+        raise ConfigError("checkpoint", str(path), rule, "Give a checkpoint of a LoRA run")
+    adapters = empty_adapters(empty_model(config), lora)
     _load_checkpoint(path, config, ema, adapters)
     return adapters
 

@@ -108,8 +108,9 @@ def float8_rows(weight_YX: Tensor) -> tuple[Tensor, Tensor]:
     Scaling by a power of two is exact in any dtype, and float8 has the same relative precision wherever it is normal.
     """
     weight_YX = weight_YX.float()
-    _, exponent_Y = torch.frexp(weight_YX.abs().amax(1) / torch.finfo(FLOAT8).max)
-    scale_Y = torch.ldexp(torch.ones(()), exponent_Y)
+    smallest_Y = weight_YX.abs().amax(1) / torch.finfo(FLOAT8).max
+    _, exponent_Y = torch.frexp(smallest_Y)
+    scale_Y = torch.ldexp(torch.ones_like(smallest_Y), exponent_Y)
     return (weight_YX / scale_Y[:, None]).to(FLOAT8), scale_Y
 
 
