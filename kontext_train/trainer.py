@@ -16,7 +16,7 @@ from kontext_train.data.plan import Position
 from kontext_train.distributed.float8 import plain, refresh_scales
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.recompiles import Recompiles
-from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
+from kontext_train.distributed.reduce import from_main, sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
 from kontext_train.models.flops import ForwardFlops
@@ -24,6 +24,7 @@ from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
+from kontext_train.training.checkpoint_files import place
 from kontext_train.training.checkpoint_saver import LOSS, Saver
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
@@ -295,7 +296,8 @@ class Trainer:
             raise error
         self.at("roll back")
         self.saver.finish()
-        path = checkpoint.newest_whole("auto", checkpoint.find_resume("auto", self.saver.folder))
+        seen = from_main("\n".join(map(str, checkpoint.find_resume("auto", self.saver.folder)))) or ""  # as at a start
+        path = checkpoint.newest_whole("auto", [place(found) for found in seen.splitlines()])
         if path is None:
             where = self.saver.folder
             error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {where} has no checkpoint yet")

@@ -18,6 +18,7 @@ FREE = (
     "logging.*",
     "health.straggler_factor",
     "health.memory_history",
+    "health.max_rollbacks",
     "profiler.*",
     "weights.student",
     "validation.*",
