@@ -33,6 +33,7 @@ from kontext_train.training.config import (
     LoggingConfig,
     MomentDtype,
     OptimizerConfig,
+    OptimizerName,
     ProfilerConfig,
     RunConfig,
     ScheduleConfig,
@@ -217,6 +218,9 @@ def _check_lora(config: TrainConfig) -> None:
         rule = "is of trained weights, and adapters are always float32"
         hint = "Leave it; lora.base_dtype says how the frozen weights are kept"
         raise ConfigError("parallel.master_dtype", config.parallel.master_dtype.value, rule, hint)
+    if config.optimizer.name is OptimizerName.muon:
+        rule = "orthogonalises the updates of whole matrices, and adapters are factors of them"
+        raise ConfigError("optimizer.name", "muon", rule, "Use adamw with lora.rank > 0")
     if config.weights.guidance_in is GuidanceIn.add:
         rule = "adds weights that say nothing until they train, and lora.rank > 0 freezes them"
         raise ConfigError("weights.guidance_in", "add", rule, "Use model.guidance_embed=false and require")

@@ -52,13 +52,13 @@ def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
         rule = f"but {path} was planned with other data settings (shards, run.seed, data.*, encoders.t5_tokens)"
         hint = f"Samples would be lost or repeated. Restore them, or {start_anew}"
         raise ConfigError("run.resume", str(path), f"{rule}. Changed: {listed}" if listed else rule, hint)
-    if saved.get("base") != now.get("base"):
-        given, rule = now["config"]["weights"]["student"], f"holds other weights than those that {path} adapts"
-        raise ConfigError("weights.student", given, rule, "Give the file that the run began with, wherever it is now")
     for key in changed:
         if _decides_tensors(key, was[key], wanted[key]):
             rule = f"but {path} was saved with {was[key]!r}, and its tensors are of that. Changed: {listed}"
             raise ConfigError(key, wanted[key], rule, f"Restore it, or {start_anew}")
+    if saved.get("base") != now.get("base"):
+        given, rule = now["config"]["weights"]["student"], f"holds other weights than those that {path} adapts"
+        raise ConfigError("weights.student", given, rule, "Give the file that the run began with, wherever it is now")
     if refused := [key for key in changed if not _within(key, allowed)]:
         rule = f"does not name all that changed since {path}: {listed}"
         hint = f"Restore them, or say run.allow_changes=[{','.join([*allowed, *refused])}]"

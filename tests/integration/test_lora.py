@@ -238,6 +238,7 @@ def test_relations_are_checked(shards: Path, base: Path, tmp_path: Path) -> None
             "parallel.master_dtype=bfloat16",
             "optimizer.stochastic_rounding=true",
         ),
+        r"optimizer\.name='muon': orthogonalises": ("optimizer.name=muon",),
         r"lora\.rank=0: trains all weights": ("lora.rank=0",),
     }
     for message, options in cases.items():
