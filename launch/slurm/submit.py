@@ -175,10 +175,10 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
             jobs.append(Job(stage.name, root / stage.name, [], command=command))
             continue
         overrides = [*request.overrides, *stage.overrides, _path("run.dir", root / stage.name)]
-        config = _checked(request, overrides)  # without the weights, which are not there yet
-        if last is not None:
-            overrides += [_path(f"weights.{role}", last / "export.safetensors") for role in stage.weights]
-            typed(compose("train", overrides=overrides))
+        roles = [f"weights.{role}" for role in stage.weights] if last is not None else []
+        # The weights are not there yet; a folder that exists stands in for them.
+        config = _checked(request, overrides + [_path(role, Path.cwd()) for role in roles])
+        overrides += [_path(role, last / "export.safetensors") for role in roles if last is not None]
         last = root / stage.name
         jobs.append(Job(stage.name, last, overrides, config, export=True))
     return root, jobs
