@@ -15,8 +15,9 @@ from kontext_train.distributed.config import Float8, ParallelConfig, Precision
 from kontext_train.distributed.setup import process_group
 from kontext_train.errors import ConfigError
 from kontext_train.training import checkpoint, muon
+from kontext_train.training.checkpoint_saver import Saver
 from kontext_train.training.compact_adamw import CompactAdamW, dynamic_levels
-from kontext_train.training.config import MomentDtype, OptimizerConfig, OptimizerName
+from kontext_train.training.config import CheckpointConfig, MomentDtype, OptimizerConfig, OptimizerName
 from kontext_train.training.ema import EMA
 from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.rounding import StochasticRounding, local, stochastic_bfloat16
@@ -153,7 +154,8 @@ def check_optimizer(config: OptimizerConfig, parallel: ParallelConfig, folder: P
         model = sharded_copy(start, parallel, world)
         optimizer = PhaseOptimizer(model, config, seed=0)
         train_steps(model, optimizer, range(2))
-        checkpoint.save(folder, 2, {"m": dict(model.named_parameters()), "o": optimizer.state()}, {}, keep=1)
+        state = {"m": dict(model.named_parameters()), "o": optimizer.state()}
+        Saver(folder, CheckpointConfig()).save(2, state, {}, wait=True)
         train_steps(model, optimizer, range(2, 4))
         resumed = sharded_copy(start, parallel, world)
         again = PhaseOptimizer(resumed, config, seed=0)
@@ -193,7 +195,7 @@ def step_from_checkpoint(config: OptimizerConfig, folder: Path, save: bool) -> N
             train_steps(model, optimizer, range(2))
         state = {"m": dict(model.named_parameters()), "o": optimizer.state()}
         if save:
-            checkpoint.save(folder, 2, state, {}, keep=1)
+            Saver(folder, CheckpointConfig()).save(2, state, {}, wait=True)
         else:
             checkpoint.load(checkpoint.checkpoint_path(folder, 2), state)
         train_steps(model, optimizer, range(2, 3))
