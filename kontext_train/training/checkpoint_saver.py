@@ -61,7 +61,8 @@ class Saver:
         self.step, self.writing = step, Future()
         work = (self.writing, self.folder, step, state, record, self.config, self.group)
         # A daemon, so that a process that ends by an error does not wait for ranks that may be gone.
-        threading.Thread(target=_work, args=work, name=f"save-{step}", daemon=True).start()
+        self.thread = threading.Thread(target=_work, args=work, name=f"save-{step}", daemon=True)
+        self.thread.start()
         if wait or self.copies is None:
             self.finish()
         self.stall_s = time.perf_counter() - started
@@ -75,6 +76,7 @@ class Saver:
         """Wait for the save under way, if there is one. Raises what went wrong, TimeoutError if it takes too long."""
         if self.writing is not None:
             self.write_s = self.writing.result(timeout_s)
+            self.thread.join()  # it has let go of the group, which may end with the process group now
             self.writing = None
 
     def metrics(self) -> dict[str, float]:
