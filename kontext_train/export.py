@@ -122,6 +122,7 @@ def export(config: ExportConfig) -> None:
 
     from kontext_train.evaluation.exported import Source, check_encoders, write_lora, write_pipeline, write_released
     from kontext_train.evaluation.trained import resolve
+    from kontext_train.training.checkpoint_files import COMPLETE, damage
 
     dtypes = {
         StorageDtype.bfloat16: torch.bfloat16,
@@ -129,7 +130,10 @@ def export(config: ExportConfig) -> None:
         StorageDtype.float8: torch.float8_e4m3fn,
     }
     dtype = dtypes[config.dtype]
-    source = Source.of(resolve(config.checkpoint), ema=config.weights is Weights.ema)
+    path = resolve(config.checkpoint)
+    if (path / COMPLETE).is_file() and (damaged := damage(path)):
+        raise ConfigError("checkpoint", str(path), f"is damaged: {'; '.join(damaged)}", "Give an older step folder")
+    source = Source.of(path, ema=config.weights is Weights.ema)
     if config.weights is Weights.raw and source.origin.weights == "ema":
         rule = f"but {source.path} is an export of averaged weights"
         raise ConfigError("weights", "raw", rule, "Export from the checkpoint")

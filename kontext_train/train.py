@@ -37,6 +37,10 @@ def composed_by_hydra(composed: DictConfig) -> None:
     def configured() -> TrainConfig:
         config = typed(composed)
         config.run.dir = str(Path(config.run.dir, sweep_member(HydraConfig.get())))
+        if HydraConfig.get().mode == RunMode.MULTIRUN and config.checkpoint.folder is not None:
+            rule = "would be one folder for all members of a sweep, which would resume and remove each other's"
+            folder, hint = config.checkpoint.folder, "Leave it: each member has its run.dir"
+            raise ConfigError("checkpoint.folder", folder, rule, hint)
         return config
 
     start(configured)
@@ -118,6 +122,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.changes import check_resumable
+    from kontext_train.training.checkpoint_files import put
     from kontext_train.training.checkpoint_saver import Saver
     from kontext_train.training.ema import EMA
     from kontext_train.training.health import Health
@@ -189,7 +194,7 @@ def train(config: TrainConfig) -> None:
             check_resumable(resume, checkpoint.read_record(resume), record)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(as_yaml(config))
+            put(folder / "config.yaml", as_yaml(config).encode())
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
         record_start(folder, world, as_yaml(config), resume)
         if config.health.memory_history:

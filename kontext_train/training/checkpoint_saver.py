@@ -168,8 +168,16 @@ def write(
     written = {name: own for rank in gathered for name, own in rank.items()}
 
     def finish() -> None:
-        complete(path, record, _shards_first(written))
-        _prune(folder, step, config)
+        try:
+            complete(path, record, _shards_first(written))
+        except BaseException:
+            with suppress(OSError):
+                remove(path)
+            raise
+        try:
+            _prune(folder, step, config)
+        except (OSError, ConfigError) as error:  # the checkpoint is there; a run does not end for an old one
+            print(f"kontext-train: an old checkpoint in {folder} could not be removed: {error}", file=sys.stderr)
 
     _on_main(group, path, finish)
 

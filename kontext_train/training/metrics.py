@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kontext_train.training.checkpoint_files import put
 from kontext_train.training.config import LoggingConfig, Wandb
 
 # Dense bfloat16 TFLOP/s from the vendors' data sheets, by a part of the device's name.
@@ -72,7 +73,7 @@ class RunLog:
         if not self.is_main:
             return
         kept = [r for r in read_metrics(self.file) if r["step"] <= step]
-        self.file.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        put(self.file, "".join(json.dumps(r) + "\n" for r in kept).encode())  # a kill here must not cost what there is
         if self.bar is not None:
             self.bar.n = step
 

@@ -189,6 +189,9 @@ def _checked(request: Request, overrides: list[str]) -> TrainConfig:
     check(config, request.nodes * request.ranks)
     if config.run.resume == "none":
         raise ConfigError("run.resume", "none", "would end a job that is queued again", "Leave it at auto")
+    if config.checkpoint.folder is not None:
+        rule = "is not looked into by job scripts: requeues, chains and status take run.dir/checkpoints"
+        raise ConfigError("checkpoint.folder", config.checkpoint.folder, rule, "Leave it away")
     return config
 
 

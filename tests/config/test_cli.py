@@ -242,3 +242,9 @@ def test_members_of_a_sweep_do_not_share_a_folder(
     monkeypatch.setattr(sys, "argv", ["kontext-train", "-m", *arguments])
     member = OmegaConf.create({"mode": RunMode.MULTIRUN, "overrides": {"task": task}, "job": {"num": 7}})
     assert sweep_member(member) == folder  # type: ignore[arg-type]
+
+
+def test_members_of_a_sweep_do_not_share_checkpoints(tmp_path: Path) -> None:
+    done = kontext_train("-m", f"run.dir={tmp_path}", "checkpoint.folder=/shared", "optimizer.lr=1e-5,2e-5")
+    assert done.returncode != 0
+    assert "checkpoint.folder='/shared': would be one folder for all members of a sweep" in done.stdout + done.stderr

@@ -107,6 +107,18 @@ def their_image(pipeline: FluxKontextPipeline, contexts: list[Tensor], guidance:
     return out.images[0]
 
 
+def test_a_damaged_checkpoint_is_not_exported(trained_run: Path, tmp_path: Path) -> None:
+    newest = sorted((trained_run / "checkpoints").iterdir())[-1]
+    shutil.copytree(newest, tmp_path / newest.name)
+    file = next((tmp_path / newest.name).glob("*.distcp"))
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ConfigError, match=rf"is damaged: .*{file.name}"):
+        export(ExportConfig(checkpoint=str(tmp_path / newest.name), out=str(tmp_path / "model.safetensors")))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_the_pipeline_makes_the_images_that_we_make(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FluxKontextPipeline.from_pretrained(pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)

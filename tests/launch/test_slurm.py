@@ -90,6 +90,7 @@ stages:
         (["run.steps=0"], "run.steps=0: must be at least 1"),
         (["--nodes=3", "parallel.dp_replicate=2"], r"parallel.dp_replicate, dp_shard, cp=(2, -1, 1)"),
         (["run.resume=none"], "run.resume='none': would end a job that is queued again"),
+        (["checkpoint.folder=/shared"], "checkpoint.folder='/shared': is not looked into by job scripts"),
         (["-m", "run.steps=1,0"], "run.steps=0: must be at least 1"),
         ([], "PATH='': has no sbatch. Submit on a login node"),
         (["--env=nowhere.sh"], "--env='nowhere.sh': must be a file"),
