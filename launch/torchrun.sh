@@ -20,9 +20,7 @@ eval "$found"  # IS_HEAD ADDRESS INTERFACE RANKS
 if [ "$NODES" != 1 ]; then  # gloo, which carries what is not on a GPU, would take what the host's name resolves to
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 fi
-# Restarted ranks meet in a store of their own, not in torchrun's, which remembers the addresses of the dead.
 # read_timeout: seconds, several times over, that torchrun waits for the head's answers once the network is gone.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds to save in after a SIGTERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 

@@ -161,7 +161,8 @@ def test_a_failed_member_does_not_take_the_sweep_with_it(slurm: Cluster, backgro
     sweep = background.sweep
     states = [slurm.finish(job_id(sweep, str(i)), PATIENCE_S)["JobState"] for i in range(3)]
     assert states == ["COMPLETED", "FAILED", "COMPLETED"]
-    assert "gradient norm is" in output(sweep, "1")
+    told = output(sweep, "1")
+    assert "gradient norm is" in told, told
     rows = table(runs.runs_below(sweep))
     assert [(row["member"], row["finished"]) for row in rows[:2]] == [
         ("optimizer.lr=0.01", True),

@@ -84,7 +84,7 @@ def check_sharded_load(file: Path, size: int, largest: int) -> None:
         shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
     assert abs(shard - 2 * size / RANKS) < 0.001 * size  # float32 of bfloat16
     print("shard, private, mapped (GB):", *(round(n / 1e9, 3) for n in (shard, *meter.peak.values())))
-    assert 0.98 * shard < meter.peak["RssAnon"] < shard + largest
+    assert 0.95 * shard < meter.peak["RssAnon"] < shard + largest
     assert 0.98 * size / RANKS < meter.peak["RssFile"] < 1.1 * size / RANKS  # its own rows of the file
 
 
