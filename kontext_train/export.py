@@ -121,8 +121,8 @@ def export(config: ExportConfig) -> None:
     import torch
 
     from kontext_train.evaluation.exported import Source, check_encoders, write_lora, write_pipeline, write_released
-    from kontext_train.evaluation.trained import resolve
-    from kontext_train.training.checkpoint_files import COMPLETE, damage
+    from kontext_train.evaluation.trained import is_checkpoint, resolve
+    from kontext_train.training.checkpoint_files import damage
 
     dtypes = {
         StorageDtype.bfloat16: torch.bfloat16,
@@ -131,9 +131,13 @@ def export(config: ExportConfig) -> None:
     }
     dtype = dtypes[config.dtype]
     path = resolve(config.checkpoint)
-    if (path / COMPLETE).is_file() and (damaged := damage(path)):
+    if is_checkpoint(path) and (damaged := damage(path)):
         raise ConfigError("checkpoint", str(path), f"is damaged: {'; '.join(damaged)}", "Give an older step folder")
     source = Source.of(path, ema=config.weights is Weights.ema)
+    base = source.config["weights"]["student"]
+    if base is not None and Path(base).resolve() == Path(config.out).resolve():
+        rule = "is the file that the run started from, which a LoRA's checkpoints need"
+        raise ConfigError("out", config.out, rule, "Give another name")
     if config.weights is Weights.raw and source.origin.weights == "ema":
         rule = f"but {source.path} is an export of averaged weights"
         raise ConfigError("weights", "raw", rule, "Export from the checkpoint")

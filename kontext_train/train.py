@@ -70,8 +70,8 @@ def of_run(arguments: Sequence[str]) -> TrainConfig:
     except HydraException as error:
         raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
     config.run.dir = str(folder)
-    if config.run.resume == "none":
-        config.run.resume = "auto"
+    if not any(argument.startswith("run.resume=") for argument in arguments):
+        config.run.resume = "auto"  # wherever it began, it goes on from its own newest
     return config
 
 
@@ -131,6 +131,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.training.optimizer import PhaseOptimizer
     from kontext_train.training.profiling import Profiler
     from kontext_train.training.run_folder import record_start
+    from kontext_train.training.signals import stop_on_signals
     from kontext_train.training.stability import Stability
     from kontext_train.training.stragglers import Stragglers
     from kontext_train.training.validation import Validation
@@ -185,6 +186,7 @@ def train(config: TrainConfig) -> None:
 
     with (
         process_group(config.parallel) as world,
+        stop_on_signals() as stop,  # also while it loads: it then stops after one step
         watchdog(world, config.parallel) as watch,
         heartbeat(folder / "heartbeat.json" if world.is_main else None) as beats,
     ):
@@ -281,7 +283,7 @@ def train(config: TrainConfig) -> None:
         log = RunLog(folder, config.logging, plain(config), config.run.steps, trainer.step, world.is_main)
         failed = True
         try:
-            trainer.run(batches, validation, log)
+            trainer.run(batches, validation, log, stop)
             failed = False
         except Interrupted as stopped:
             print(f"kontext-train: {stopped}", file=sys.stderr)

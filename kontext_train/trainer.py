@@ -16,15 +16,15 @@ from kontext_train.data.plan import Position
 from kontext_train.distributed.float8 import plain, refresh_scales
 from kontext_train.distributed.parallelize import reshard
 from kontext_train.distributed.recompiles import Recompiles
-from kontext_train.distributed.reduce import from_main, sum_counts, sum_over_ranks
+from kontext_train.distributed.reduce import sum_counts, sum_over_ranks
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
+from kontext_train.errors import ConfigError, StorageError
 from kontext_train.models.flops import ForwardFlops
 from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
-from kontext_train.training.checkpoint_files import place
 from kontext_train.training.checkpoint_saver import LOSS, Saver
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
@@ -32,7 +32,7 @@ from kontext_train.training.health import Health
 from kontext_train.training.metrics import RunLog, peak_tflops
 from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.schedule import lr_factor
-from kontext_train.training.signals import StopRequest, stop_on_signals
+from kontext_train.training.signals import StopRequest
 from kontext_train.training.stability import Unstable
 from kontext_train.training.validation import Validation
 
@@ -66,6 +66,12 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: plain(p) for name, p in module.named_parameters() if p.requires_grad}
 
 
+def trained_share(module: nn.Module) -> float:
+    """Of all parameters: 1, or the little that adapters add to a frozen base."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
+
+
 class Trainer:
     def __init__(
         self,
@@ -91,23 +97,23 @@ class Trainer:
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
+        self.passes = 2 + trained_share(objective.modules["student"])  # forward, gradients of inputs, of weights
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog) -> None:
+    def run(self, batches: Iterator[PixelBatch], validation: Validation | None, log: RunLog, stop: StopRequest) -> None:
         """Train to config.steps. Raises Interrupted after saving if any rank got a signal."""
-        with stop_on_signals() as stop:
-            try:
-                self.loop(batches, validation, log, stop)
-            except Interrupted:
-                raise
-            except BaseException as error:
-                if isinstance(error, Exception):
-                    self.settle()
-                self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
-                raise
-            finally:
-                self.health.profiler.close()
+        try:
+            self.loop(batches, validation, log, stop)
+        except Interrupted:
+            raise
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.settle()
+            self.watch.fail(error)  # here, where torchrun's SIGTERM does not cut the reason off
+            raise
+        finally:
+            self.health.profiler.close()
 
     def settle(self) -> None:
         """Let the save under way become complete, if it can soon. If not, the next save removes what there is of it."""
@@ -215,7 +221,7 @@ class Trainer:
         window.steps += 1
         window.samples += pixels[0].samples_in_step
         window.tokens += sum(shape.tokens for shape in shapes)
-        window.flops += 3 * sum(self.flops.sample(shape) for shape in shapes)  # backward is twice forward
+        window.flops += round(self.passes * sum(self.flops.sample(shape) for shape in shapes))
 
     def summary(self, window: Window, peak: float) -> dict[str, float]:
         """Means over steps and ranks; samples and tokens a second are of all ranks, the rest is a rank's mean."""
@@ -282,8 +288,7 @@ class Trainer:
         for module in self.objective.modules.values():
             refresh_scales(module)
         self.step = record["step"]
-        if "stability" in record:  # older checkpoints had none
-            self.health.stability.load(record["stability"])
+        self.health.stability.load(record["stability"])
         return record
 
     def roll_back(self, error: Unstable, position: Position, log: RunLog) -> None:
@@ -295,9 +300,12 @@ class Trainer:
         if not self.health.stability.may_roll_back():
             raise error
         self.at("roll back")
-        self.saver.finish()
-        seen = from_main("\n".join(map(str, checkpoint.find_resume("auto", self.saver.folder)))) or ""  # as at a start
-        path = checkpoint.newest_whole("auto", [place(found) for found in seen.splitlines()])
+        try:
+            self.saver.finish()
+            path = checkpoint.newest_whole("auto", checkpoint.find_resume("auto", self.saver.folder))
+        except (StorageError, ConfigError) as other:
+            error.add_note(f"kontext-train: no rollback: {other}")
+            raise error from other
         if path is None:
             where = self.saver.folder
             error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {where} has no checkpoint yet")

@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,8 +180,7 @@ def check_devices(host: Host, ranks: int, devices: int) -> None:
         host.warnings.append(f"{devices} GPUs are visible and only {ranks} ranks use them")
 
 
-def check_limits(host: Host, infiniband: list[str], limit: object) -> None:
-    assert callable(limit)
+def check_limits(host: Host, infiniband: list[str], limit: Callable[[int], tuple[int, int]]) -> None:
     files, _ = limit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < OPEN_FILES:
         host.errors.append(f"ulimit -n is {files} and must be at least {OPEN_FILES}. Raise it (limits.conf)")

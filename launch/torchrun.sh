@@ -20,13 +20,13 @@ eval "$found"  # IS_HEAD ADDRESS INTERFACE RANKS
 if [ "$NODES" != 1 ]; then  # gloo, which carries what is not on a GPU, would take what the host's name resolves to
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 fi
-# read_timeout: seconds, several times over, that torchrun waits for the head's answers once the network is gone.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # seconds to save in after a SIGTERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 # torchrun takes every status but 0 for a failure, starts ranks again and says 1. So ranks that saved tell by this file.
 KONTEXT_TRAIN_INTERRUPTED=$(mktemp -u "${TMPDIR:-/tmp}/kontext_train.XXXXXXXX")
 export KONTEXT_TRAIN_INTERRUPTED
+# read_timeout: seconds, several times over, that torchrun waits for the head's answers once the network is gone.
 "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --max-restarts="${MAX_RESTARTS:-2}" \
   --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-localhost:0}" --rdzv-id="${RUN_ID:-kontext_train}" \
   --rdzv-conf="is_host=$IS_HEAD,read_timeout=20" --local-addr="$ADDRESS" -m kontext_train.train "$@" &

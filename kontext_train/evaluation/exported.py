@@ -110,14 +110,17 @@ def write_pipeline(source: Source, out: Path, dtype: torch.dtype, max_bytes: int
 
 
 def write_lora(source: Source, out: Path, dtype: torch.dtype) -> int:
-    """The adapters of a LoRA run, as diffusers and PEFT name them. Returns the number of parameters."""
+    """The adapters of a LoRA run, as diffusers and PEFT name them, with a card. Returns the number of parameters."""
     adapters = load_adapters(source.path, source.config, source.ema)
     hidden_size = section(FluxConfig, source.config["model"]).hidden_size
     tensors = to_peft(adapters, section(LoraConfig, source.config["lora"]), hidden_size)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    count = sum(tensor.numel() for tensor in tensors.values())
+    about = {LORA_CONFIG: json.dumps(source.config), EXPORT_ORIGIN: json.dumps(asdict(source.origin))}
     with _whole_or_not(out) as folder:
-        save_file(tensors, folder / out.name, {"format": "pt", LORA_CONFIG: json.dumps(source.config)})
-    return sum(tensor.numel() for tensor in tensors.values())
+        save_file(tensors, folder / out.name, {"format": "pt", **about})
+        (folder / f"{out.stem}.md").write_text(model_card(source, out.name, count, dtype, _lora_usage(out)))
+    return count
 
 
 def check_encoders(path: Path) -> None:
@@ -221,7 +224,7 @@ tags: [image-editing, flux, kontext]
 
 # {name}
 
-An in-context image model, {parameters:,} parameters: it makes an image from a text and any number of context images.
+{parameters:,} parameters of an in-context image model: it makes an image from a text and any number of context images.
 Trained with kontext_train {version("kontext_train")}. Whatever license its starting weights have holds for it too.
 
 | | |
@@ -255,6 +258,14 @@ pipeline = FluxKontextPipeline.from_pretrained("{out}", torch_dtype={dtype})
 image = pipeline(
     image=load_image("photo.png"), prompt="make it snow", max_sequence_length={source.config["encoders"]["t5_tokens"]}
 ).images[0]
+```"""
+
+
+def _lora_usage(out: Path) -> str:
+    return f"""Adapters to the weights that the run started from.
+
+```python
+pipeline.load_lora_weights("{out.parent}", weight_name="{out.name}")
 ```"""
 
 

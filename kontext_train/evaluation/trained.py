@@ -77,7 +77,7 @@ def resolve(path: str | Path) -> Path:
     return path
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     return (path / COMPLETE).is_file()
 
 
@@ -89,7 +89,7 @@ def _checkpoints_of(run: Path) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The composed training config that a checkpoint or an export carries."""
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         return checkpoint.read_record(path)["config"]
     try:
         metadata = read_metadata(path)
@@ -103,7 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_origin(path: Path, config: dict[str, Any], ema: bool) -> Origin:
     """Of the weights that `load_model` and `stream_parameters` would give."""
-    if not _is_checkpoint(path):
+    if not is_checkpoint(path):
         return Origin(**json.loads(read_metadata(path).get(EXPORT_ORIGIN, "{}")))
     record = checkpoint.read_record(path)
     return Origin("ema" if _averaged(config, ema) else "raw", record["step"], record["plan"])
@@ -124,7 +124,7 @@ def load_model(path: Path, config: dict[str, Any], ema: bool, attention: Attenti
     """The float32 network of a checkpoint (of its averaged weights, if ema) or of an export, on the CPU."""
     model = empty_model(config, attention)
     model.to_empty(device="cpu")
-    if not _is_checkpoint(path):
+    if not is_checkpoint(path):
         load(model, path)
     elif lora_config(config) is None:
         _load_checkpoint(path, config, ema, dict(model.named_parameters()))
@@ -143,7 +143,7 @@ def lora_config(config: dict[str, Any]) -> LoraConfig | None:
 def load_adapters(path: Path, config: dict[str, Any], ema: bool) -> dict[str, Tensor]:
     """float32 adapters of a LoRA run's checkpoint, by the names of models/lora.py. ConfigError if it is none."""
     lora = lora_config(config)
-    if lora is None or not _is_checkpoint(path):
+    if lora is None or not is_checkpoint(path):
         rule = "has no adapters: its run trained all weights, or it is an export"
         raise ConfigError("checkpoint", str(path), rule, "Give a checkpoint of a LoRA run")
     adapters = empty_adapters(empty_model(config), lora)
@@ -169,7 +169,7 @@ def stream_parameters(path: Path, config: dict[str, Any], ema: bool) -> Iterator
     """The parameters of `load_model` by name, without ever holding more than GROUP_BYTES or the largest of them."""
     model = empty_model(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if not _is_checkpoint(path):
+    if not is_checkpoint(path):
         stored = StoredParameters(model, path)
         for name, shape in shapes.items():
             yield name, stored.rows(name, 0, shape[0]).float()

@@ -32,7 +32,7 @@ GIT_TIMEOUT_S = 60  # on a slow file system; then the start is recorded without 
 TOLD = (
     *("CUDA", "NCCL", "GLOO", "TORCH", "PYTORCH", "OMP_", "MKL_", "TRITON", "NVIDIA", "UCX", "FI_", "LD_LIBRARY_PATH"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_", "SLURM_", "HYDRA_", "PYTHON"),
-    *("HF_", "WANDB_", "VIRTUAL_ENV", "CONDA_"),
+    *("HF_", "WANDB_", "VIRTUAL_ENV", "CONDA_", "KONTEXT_TRAIN_"),
 )
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "AUTH")
 

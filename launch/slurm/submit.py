@@ -26,7 +26,7 @@ from kontext_train.config import TrainConfig, check, register_schemas, typed
 from kontext_train.errors import ConfigError
 from kontext_train.train import member_name
 from launch.slurm.chain import Stage, read_chain
-from launch.slurm.submission import Job, create, job_ids, queue, unfinished
+from launch.slurm.submission import ROOT, Job, create, job_ids, queue, unfinished
 
 
 @dataclass(slots=True)
@@ -90,6 +90,9 @@ def submit(request: Request) -> None:
     register_schemas()
     with initialize_config_module("kontext_train.conf", version_base="1.3"):
         root, jobs = _jobs(request)
+    if root == ROOT:
+        rule = "is the checkout, of which each submission keeps a copy below run.dir"
+        raise ConfigError("run.dir", str(root), rule, "Give a folder of its own, as outputs/NAME")
     if request.env is not None and not request.env.is_file():
         raise ConfigError("--env", str(request.env), "must be a file", "launch/env has examples")
     _refuse_busy(root, jobs)
@@ -174,8 +177,10 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
                 command = command.replace(f"{{{name}}}", str(path))
             jobs.append(Job(stage.name, root / stage.name, [], command=command))
             continue
-        overrides = [*request.overrides, *stage.overrides, _path("run.dir", root / stage.name)]
         roles = [f"weights.{role}" for role in stage.weights] if last is not None else []
+        # What the command line says of guidance_in is of the file that the first stage reads.
+        own = ["weights.guidance_in=require"] * ("weights.student" in roles)
+        overrides = [*request.overrides, *own, *stage.overrides, _path("run.dir", root / stage.name)]
         # The weights are not there yet; a folder that exists stands in for them.
         config = _checked(request, overrides + [_path(role, Path.cwd()) for role in roles])
         overrides += [_path(role, last / "export.safetensors") for role in roles if last is not None]
@@ -189,6 +194,9 @@ def _checked(request: Request, overrides: list[str]) -> TrainConfig:
     check(config, request.nodes * request.ranks)
     if config.run.resume == "none":
         raise ConfigError("run.resume", "none", "would end a job that is queued again", "Leave it at auto")
+    if config.run.resume != "auto" and Path(config.run.resume).resolve().is_relative_to(Path(config.run.dir).resolve()):
+        rule = "is one of the run's own checkpoints, which a job that is queued again has gone beyond"
+        raise ConfigError("run.resume", config.run.resume, rule, "Remove the newer ones, and leave it at auto")
     if config.checkpoint.folder is not None:
         rule = "is not looked into by job scripts: requeues, chains and status take run.dir/checkpoints"
         raise ConfigError("checkpoint.folder", config.checkpoint.folder, rule, "Leave it away")

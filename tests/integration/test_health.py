@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,23 @@ def test_rollbacks_are_bounded_and_need_a_checkpoint(shards: Path, tmp_path: Pat
     with pytest.raises(Unstable, match="step 2, phase student") as stopped:
         train(small_config(shards, tmp_path / "early", *options))
     assert any("no rollback (health.max_rollbacks)" in note for note in stopped.value.__notes__)
+
+
+def test_a_rollback_that_fails_hides_no_cause(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(resume: str, paths: Sequence[Path]) -> Path | None:
+        if paths:
+            raise ConfigError("run.resume", resume, "step_00000002 is damaged", "Restore it")
+        return None
+
+    poison(float("nan"), [3])
+    monkeypatch.setattr(checkpoint, "newest_whole", damaged)
+    with pytest.raises(Unstable, match=r"step 3, phase student, rank 0: gradient norm is nan") as stopped:
+        train(
+            small_config(
+                shards, tmp_path, "run.steps=6", "run.save_every_steps=2", "health.max_rollbacks=1", ONE_WINDOW
+            )
+        )
+    assert any("no rollback: run.resume='auto': step_00000002 is damaged" in note for note in stopped.value.__notes__)
 
 
 def slow_ranks(config: TrainConfig) -> None:

@@ -1,25 +1,37 @@
 """Whole LoRA runs: only adapters train and are kept, and a run is the same however it is cut."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from kontext_train.config import TrainConfig, check
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.trained import load_adapters, load_model, load_trained, read_config, resolve, section
+from kontext_train.evaluation.trained import (
+    EXPORT_ORIGIN,
+    load_adapters,
+    load_model,
+    load_trained,
+    read_config,
+    resolve,
+    section,
+)
 from kontext_train.export import ExportConfig, Format, StorageDtype, export
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
-from kontext_train.models.config import FluxConfig
+from kontext_train.models.config import FluxConfig, LoraConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
-from kontext_train.models.lora import float8_rows
+from kontext_train.models.lora import adapt, float8_rows
 from kontext_train.models.weights import load
 from kontext_train.train import train
+from kontext_train.trainer import trained_share
+from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
 from tests.integration.test_train import killed_in_step_seven, largest_difference, losses, weights
 from tests.models.flux_cases import SHAPES, pack, random_flux, random_sample
@@ -191,6 +203,10 @@ def test_exported_adapters_run_in_diffusers_as_merged_weights_do_here(
     lora, full = tmp_path / "lora.safetensors", tmp_path / "full.safetensors"
     for out, kind in ((lora, Format.lora), (full, Format.bfl)):
         export(ExportConfig(str(straight), str(out), dtype=StorageDtype.float32, format=kind))
+    with safe_open(lora, framework="pt") as opened:
+        origin = json.loads(opened.metadata()[EXPORT_ORIGIN])
+    assert origin == {"weights": "ema", "step": 10, "plan": checkpoint.read_record(resolve(straight))["plan"]}
+    assert origin["plan"] in (tmp_path / "lora.md").read_text()
     config = read_config(full)
     model = load_model(full, config, ema=False)
     assert largest_difference(dict(model.named_parameters()), weights(straight, ema=True)) == 0
@@ -205,6 +221,20 @@ def test_exported_adapters_run_in_diffusers_as_merged_weights_do_here(
     assert relative_error(before, ours) > 100 * TOLERANCE
     with pytest.raises(ConfigError, match=r"checkpoint=.*has no adapters"):
         export(ExportConfig(str(full), str(tmp_path / "none.safetensors"), format=Format.lora))
+
+
+def test_the_base_is_not_written_over(base: Path, straight: Path) -> None:
+    before = base.read_bytes()
+    with pytest.raises(ConfigError, match=r"out='.*base\.safetensors': is the file that the run started from"):
+        export(ExportConfig(str(straight), str(base)))
+    assert base.read_bytes() == before
+
+
+def test_a_frozen_base_spares_a_third_of_the_flops_that_a_run_logs() -> None:
+    model = random_flux()
+    assert trained_share(model) == 1
+    adapt(model, LoraConfig(rank=1))
+    assert 0 < trained_share(model) < 0.1
 
 
 def test_a_lora_checkpoint_draws(straight: Path) -> None:

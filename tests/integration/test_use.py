@@ -1,10 +1,13 @@
 """What a trained run is for: sampling, exporting, training on from an export, sweeping."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from kontext_train.config import as_yaml
+from kontext_train.data.encode import load_encoders
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.trained import load_model, load_trained, read_config
+from kontext_train.evaluation.trained import load_model, load_trained, read_config, resolve
 from kontext_train.export import ExportConfig, StorageDtype, Weights, export
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
 from kontext_train.sample import SampleConfig, sample
 from kontext_train.train import of_run, train
+from kontext_train.training.checkpoint_files import put
 from kontext_train.training.metrics import read_metrics
 from tests.runs import SMALL, run, small_config
 
@@ -183,6 +189,17 @@ def test_torchrun_starts_the_module(shards: Path, tmp_path: Path) -> None:
     assert record["position"]["legs"] == [[2, 2]]
 
 
+def test_a_signal_while_it_loads_is_not_lost(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_encoders(*arguments, **options)
+
+    monkeypatch.setattr("kontext_train.data.encode.load_encoders", signalled)
+    with pytest.raises(SystemExit, match="75"):
+        train(small_config(shards, tmp_path))
+    assert resolve(tmp_path).name == "step_00000001"
+
+
 def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Path) -> None:
     """Even when it was moved; what else is said comes on top, and is judged like any change."""
     folder = tmp_path / "moved"
@@ -200,6 +217,9 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     expected = of_run([str(trained_run), "run.steps=32"])
     expected.run.dir = again.run.dir
     assert again == expected
+    began = of_run([str(folder), f"run.resume={trained_run}/checkpoints/step_00000030"])
+    put(folder / "config.yaml", as_yaml(began).encode())
+    assert of_run([str(folder)]).run.resume == "auto", "where it once began is not where it goes on"
     with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
         of_run([str(folder), "run.stepz=3"])
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):

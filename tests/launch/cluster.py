@@ -128,11 +128,11 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        if self.started:  # or its logs tell why not
-            shutil.rmtree(self.base)
         left = [pid for node in self.nodes for pid in self._processes(node)]
         for pid in left:
             kill(pid)
+        if self.started:  # or its logs tell why not
+            shutil.rmtree(self.base)
         assert not left, f"{len(left)} processes of jobs outlived their job"
 
     def _daemon(self, program: str, *arguments: str, name: str = "") -> None:

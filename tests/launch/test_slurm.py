@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_module
 
+from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
 from launch import runs
+from launch.slurm.submission import Job
 from launch.status import report
 from launch.sweep import table
 from tests.launch.cluster import Cluster, until
-from tests.launch.conftest import Straight
+from tests.launch.conftest import ROOT, Straight
 from tests.runs import SMALL
 
 PATIENCE_S = 200  # for a whole job, on a machine that does other things too
@@ -91,6 +94,7 @@ stages:
         (["--nodes=3", "parallel.dp_replicate=2"], r"parallel.dp_replicate, dp_shard, cp=(2, -1, 1)"),
         (["run.resume=none"], "run.resume='none': would end a job that is queued again"),
         (["checkpoint.folder=/shared"], "checkpoint.folder='/shared': is not looked into by job scripts"),
+        ([f"run.dir={ROOT}"], "is the checkout, of which each submission keeps a copy"),
         (["-m", "run.steps=1,0"], "run.steps=0: must be at least 1"),
         ([], "PATH='': has no sbatch. Submit on a login node"),
         (["--env=nowhere.sh"], "--env='nowhere.sh': must be a file"),
@@ -111,6 +115,23 @@ def test_what_cannot_run_is_refused_before_sbatch(
     assert message in said
     assert "Nothing was queued" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_requeue_or_a_later_stage_would_stumble_over(shards: Path, tmp_path: Path) -> None:
+    """A start from the run's own checkpoint; and guidance_in, which is of the file that the first stage reads."""
+    from launch.slurm.submit import Request, _jobs, parser
+
+    def jobs(*arguments: str) -> list[Job]:
+        options = ["--cpu-ranks=1", *SMALL, f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *arguments]
+        with initialize_config_module("kontext_train.conf", version_base="1.3"):
+            return _jobs(Request(**vars(parser().parse_intermixed_args(options))))[1]
+
+    with pytest.raises(ConfigError, match=r"run\.resume='.*step_00000005': is one of the run's own checkpoints"):
+        jobs(f"run.resume={tmp_path}/run/checkpoints/step_00000005")
+    (tmp_path / "chain.yaml").write_text("stages: [{name: one}, {name: two}]")
+    weights = ("model.guidance_embed=true", f"weights.student={tmp_path}", "weights.guidance_in=add")
+    chained = jobs(f"--chain={tmp_path}/chain.yaml", *weights)
+    assert [job.config.weights.guidance_in.value for job in chained if job.config] == ["add", "require"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class Hosts:
     def end(self) -> None:
         self.end_processes()
         for host in ADDRESSES:
-            ip("netns", "del", f"{self.prefix}{host}")
+            with suppress(subprocess.CalledProcessError):  # it was not made
+                ip("netns", "del", f"{self.prefix}{host}")
 
 
 def ip(*arguments: str) -> None:
@@ -54,9 +56,9 @@ def hosts(installed: None) -> Iterator[Hosts]:
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root, and this is not root")
     made = Hosts(f"kt{os.getpid()}")
-    for host in ADDRESSES:
-        ip("netns", "add", f"{made.prefix}{host}")
     try:
+        for host in ADDRESSES:
+            ip("netns", "add", f"{made.prefix}{host}")
         ends = [f"{made.prefix}{host}" for host in ADDRESSES]
         ip("link", "add", "e0", "netns", ends[0], "type", "veth", "peer", "name", "e0", "netns", ends[1])
         for host, address in ADDRESSES.items():

@@ -1,5 +1,6 @@
 """What reading and writing large weights costs a process: private memory (RssAnon), mapped pages of files (RssFile)."""
 
+import ctypes
 import json
 import threading
 import time
@@ -31,6 +32,7 @@ class Meter:
     """How much more memory this process held at the worst moment inside, in bytes."""
 
     def __enter__(self) -> "Meter":
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and not show
         self.before, self.peak, self.running = self._now(), {"RssAnon": 0, "RssFile": 0}, True
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -84,7 +86,7 @@ def check_sharded_load(file: Path, size: int, largest: int) -> None:
         shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
     assert abs(shard - 2 * size / RANKS) < 0.001 * size  # float32 of bfloat16
     print("shard, private, mapped (GB):", *(round(n / 1e9, 3) for n in (shard, *meter.peak.values())))
-    assert 0.95 * shard < meter.peak["RssAnon"] < shard + largest
+    assert 0.98 * shard < meter.peak["RssAnon"] < shard + largest
     assert 0.98 * size / RANKS < meter.peak["RssFile"] < 1.1 * size / RANKS  # its own rows of the file
 
 
