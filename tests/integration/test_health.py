@@ -212,12 +212,9 @@ def test_a_rollback_that_fails_hides_no_cause(shards: Path, tmp_path: Path, monk
 
     poison(float("nan"), [3])
     monkeypatch.setattr(checkpoint, "newest_whole", damaged)
-    with pytest.raises(Unstable, match=r"step 3, phase student, rank 0: gradient norm is nan") as stopped:
-        train(
-            small_config(
-                shards, tmp_path, "run.steps=6", "run.save_every_steps=2", "health.max_rollbacks=1", ONE_WINDOW
-            )
-        )
+    options = ("run.steps=6", "run.save_every_steps=2", "health.max_rollbacks=1", ONE_WINDOW)
+    with pytest.raises(Unstable, match=r"step 2, phase student, rank 0: gradient norm is nan") as stopped:
+        train(small_config(shards, tmp_path, *options))
     assert any("no rollback: run.resume='auto': step_00000002 is damaged" in note for note in stopped.value.__notes__)
 
 

@@ -1,5 +1,6 @@
 """Saving beside training, resuming on other meshes, and everything that can be wrong with a disk."""
 
+import errno
 import os
 import re
 import subprocess
@@ -101,6 +102,40 @@ def test_a_save_waits_for_the_one_before_and_says_so(
         assert saver.metrics()["checkpoint/waits"] == 1
         assert capsys.readouterr().err == ""
         assert len(complete_checkpoints(tmp_path)) == 3
+
+
+def test_a_save_that_cannot_be_completed_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with tiny_run() as run:
+        saver = Saver(tmp_path, CheckpointConfig())
+        trained_to(run, 1)
+        run.save(saver, wait=True)
+        trained_to(run, 2)
+        monkeypatch.setattr("kontext_train.training.checkpoint_saver.complete", full)
+        with pytest.raises(
+            StorageError, match=r"step_00000002 could not be written \(rank 0: OSError: .*No space left"
+        ):
+            run.save(saver, wait=True)
+    assert [p.name for p in sorted(tmp_path.glob("step_*"))] == ["step_00000001"]
+
+
+def test_an_old_checkpoint_that_stays_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with tiny_run() as run:
+        saver = Saver(tmp_path, CheckpointConfig(keep_last=1))
+        trained_to(run, 1)
+        run.save(saver, wait=True)
+        trained_to(run, 2)
+        monkeypatch.setattr("kontext_train.training.checkpoint_saver.remove", busy)
+        run.save(saver, wait=True)
+    assert len(complete_checkpoints(tmp_path)) == 2
+    assert "an old checkpoint in" in capsys.readouterr().err
 
 
 def test_a_synchronous_save_is_complete_when_it_returns(tmp_path: Path) -> None:
