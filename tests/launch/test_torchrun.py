@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def torchrun(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str
     """A started launch/torchrun.sh; its output in `communicate()`, all its processes gone afterwards."""
     mark = f"test-{os.getpid()}-{id(arguments)}"
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "RUN_ID": mark} | variables
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "RUN_ID": mark} | variables
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process

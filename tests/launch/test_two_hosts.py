@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Hosts:
         command = ["nsenter", f"--net=/run/netns/{self.prefix}{host}", "unshare", "--uts", "bash", "-c"]
         script = ['hostname $0; exec bash launch/torchrun.sh "$@"', f"host-{host}", *arguments]
         own = {"PYTHONPATH": str(ROOT), "NODES": "2", "RANKS": "1", "MAX_RESTARTS": "0", "RUN_ID": self.prefix}
-        env = os.environ | own | {"HEAD": f"{ADDRESSES['a']}:29400"}
+        env = os.environ | own | {"HEAD": f"{ADDRESSES['a']}:29400", "PYTHON": sys.executable}
         with output.open("wb") as file:
             return subprocess.Popen([*command, *script], env=env, cwd=ROOT, stdout=file, stderr=file)
 
