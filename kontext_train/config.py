@@ -25,7 +25,12 @@ from kontext_train.models.config import (
     block_linears,
     lora_targets,
 )
-from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
+from kontext_train.objectives.config import (
+    FlowMatchingConfig,
+    GuidanceDistillationConfig,
+    LaddConfig,
+    ObjectiveConfig,
+)
 from kontext_train.training.config import (
     CheckpointConfig,
     DiscriminatorOptimizerConfig,
@@ -81,7 +86,11 @@ class TrainConfig:
 
 ROLES = ("teacher", "reference")  # that a stage may have beside what it trains
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "flow_matching": FlowMatchingConfig,
+    "guidance_distillation": GuidanceDistillationConfig,
+    "ladd": LaddConfig,
+}
 
 
 def register_schemas() -> None:
@@ -234,6 +243,15 @@ def _check_roles(config: TrainConfig) -> None:
     if not config.objective.frozen and config.weights.frozen_dtype is not WeightsConfig().frozen_dtype:
         given = config.weights.frozen_dtype.value
         raise ConfigError("weights.frozen_dtype", given, "has no effect: this stage has no frozen role", "Leave it out")
+    match config.objective:
+        case GuidanceDistillationConfig() if not config.model.guidance_embed:
+            rule = "but guidance_distillation trains a student that is told its guidance"
+            raise ConfigError("model.guidance_embed", False, rule, "Set it true, with weights.guidance_in=add")
+        case LaddConfig():
+            config.objective.discriminator.blocks_of(config.model)
+            if config.parallel.cp > 1:
+                rule = "gives each rank some tokens of a picture, and the heads of ladd read whole pictures"
+                raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use cp=1")
     if not trains_discriminator(config):
         for options in (config.discriminator_optimizer, config.discriminator_schedule):
             given, defaults = _plain(asdict(options)), _plain(asdict(type(options)()))

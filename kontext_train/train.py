@@ -100,12 +100,13 @@ def member_name(arguments: Sequence[str], task: Sequence[str], number: int) -> s
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
     import torch
+    from torch import nn
 
-    from kontext_train.data.encode import load_encoders
+    from kontext_train.data.encode import encode_empty_prompt, load_encoders
     from kontext_train.data.encoded import check_encoding
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, plan_digest
-    from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
+    from kontext_train.data.sources import Mixture, Source, check_edits_only, open_sources, open_validation
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.memory import record_history
@@ -118,17 +119,19 @@ def train(config: TrainConfig) -> None:
     from kontext_train.models.lora import adapt, base_digest
     from kontext_train.models.weights import initialise, initialise_adapters, load
     from kontext_train.objectives.build import build_objective
+    from kontext_train.objectives.config import LaddConfig
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.changes import check_resumable
     from kontext_train.training.checkpoint_files import put
     from kontext_train.training.checkpoint_saver import Saver
+    from kontext_train.training.config import OptimizerConfig, ScheduleConfig
     from kontext_train.training.ema import EMA
     from kontext_train.training.health import Health
     from kontext_train.training.heartbeat import heartbeat
     from kontext_train.training.metrics import RunLog
-    from kontext_train.training.networks import frozen_network
+    from kontext_train.training.networks import frozen_network, new_discriminator
     from kontext_train.training.optimizer import PhaseOptimizer
     from kontext_train.training.profiling import Profiler
     from kontext_train.training.run_folder import record_start
@@ -151,6 +154,8 @@ def train(config: TrainConfig) -> None:
         return planner, PackReader(mixture, holes=holes, pad_to=pad_to)
 
     sources = open_sources(config.data, pixels_per_token, config.run.seed)
+    if config.objective.edits_only:
+        check_edits_only(sources)
     planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
     held_out = None
     if config.data.validation:
@@ -212,6 +217,9 @@ def train(config: TrainConfig) -> None:
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
         if encoders.text is not None and config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
             shard(encoders.text, world.mesh, replace(config.parallel, reshard_after_forward=Reshard.always))
+        empty_prompt = None
+        if config.objective.needs_empty_prompt:
+            empty_prompt = encode_empty_prompt(encoders, reader.readers[0], world.device)
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
         adapt(student, config.lora)
@@ -238,8 +246,15 @@ def train(config: TrainConfig) -> None:
         }
 
         # Training.
-        objective = build_objective(config.objective, {"student": student, **frozen}, config.model, config.flow)
-        turns = {"student": (config.optimizer, config.schedule)}
+        networks: dict[str, nn.Module] = {"student": student, **frozen}
+        if isinstance(config.objective, LaddConfig):
+            heads = config.objective.discriminator
+            networks["discriminator"] = new_discriminator(heads, config.model, config.parallel, world, config.run.seed)
+        objective = build_objective(config.objective, networks, config.model, config.flow, empty_prompt)
+        turns: dict[str, tuple[OptimizerConfig, ScheduleConfig]] = {
+            "student": (config.optimizer, config.schedule),
+            "discriminator": (config.discriminator_optimizer, config.discriminator_schedule),
+        }
         trainer = Trainer(
             config.run,
             {phase: turns[phase][1] for phase in objective.phases},

@@ -1,5 +1,6 @@
 """The loop. Every stage runs through it: step -> phases -> microbatches -> clip -> update -> EMA, then what is due."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -169,7 +170,10 @@ class Trainer:
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
-                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics() | self.health.metrics())
+                means = self.summary(window, peak)
+                if (warning := self.objective.warning(means)) and self.world.is_main:
+                    print(f"kontext-train: step {self.step}: {warning}", file=sys.stderr)
+                log.write(self.step, means | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
             paused, loss = time.perf_counter(), None
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
@@ -229,7 +233,7 @@ class Trainer:
         others = [module for role, module in self.objective.modules.items() if role != phase]
         with frozen(others):
             for batch in batches:
-                loss = self.objective.loss(phase, batch, self.random)
+                loss = self.objective.loss(phase, batch, self.random, self.step)
                 loss.value.backward()
                 losses.append(loss.value.detach())
                 metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}

@@ -1,21 +1,44 @@
 """The stage that a config names."""
 
 from collections.abc import Mapping
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import FluxConfig
+from kontext_train.models.flux import Flux
 from kontext_train.objectives.base import Objective
-from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
+from kontext_train.objectives.config import (
+    FlowMatchingConfig,
+    GuidanceDistillationConfig,
+    LaddConfig,
+    ObjectiveConfig,
+)
 from kontext_train.objectives.flow_matching import FlowMatching
+from kontext_train.objectives.guidance_distillation import GuidanceDistillation
+from kontext_train.objectives.ladd import Ladd
 
 
 def build_objective(
-    config: ObjectiveConfig, networks: Mapping[str, nn.Module], model: FluxConfig, shift: ShiftConfig
+    config: ObjectiveConfig,
+    networks: Mapping[str, nn.Module],
+    model: FluxConfig,
+    shift: ShiftConfig,
+    empty_prompt: tuple[Tensor, Tensor] | None,
 ) -> Objective:
-    """networks: by role, the student and those that config.frozen names. model: the student's."""
+    """networks: by role, those that config.trained and config.frozen name. model: the student's.
+
+    empty_prompt: its text tokens [L, E] and pooled vector [P], where config.needs_empty_prompt.
+    """
+    student = networks["student"]
     match config:
         case FlowMatchingConfig():
-            return FlowMatching(networks["student"], shift, config.guidance if model.guidance_embed else None)
+            return FlowMatching(student, shift, config.guidance if model.guidance_embed else None)
+        case GuidanceDistillationConfig():
+            assert empty_prompt is not None
+            return GuidanceDistillation(config, student, networks["teacher"], shift, empty_prompt)
+        case LaddConfig():
+            told = config.student_guidance if model.guidance_embed else None
+            return Ladd(config, student, cast(Flux, networks["teacher"]), networks["discriminator"], shift, told)
     raise AssertionError(config)

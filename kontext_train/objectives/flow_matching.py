@@ -1,5 +1,6 @@
 """Rectified-flow matching on ⟨context, image, prompt⟩ triplets (Batifol et al. 2025, arXiv 2506.15742, eq. 1)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ class FlowMatching:
         self.shift = shift
         self.guidance = guidance
 
-    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss:
+    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         lengths = batch.layout.target_lengths
         mu_S = mu_for_tokens(torch.tensor(lengths, dtype=torch.float32, device=batch.x_MC.device), self.shift)
         t_S = logit_normal(random.normal_per_visit("t", batch.visits), mu_S)
@@ -35,6 +36,9 @@ class FlowMatching:
         error_M = velocity_error(self.modules["student"], batch, t_S, noise_MC, guidance_S)
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        return None
 
 
 def velocity_error(
