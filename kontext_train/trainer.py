@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,28 +71,6 @@ def trained_share(module: nn.Module) -> float:
     """Of all parameters: 1, or the little that adapters add to a frozen base."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
-
-
-@contextmanager
-def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, gradients pass through these modules and stay in none of their parameters.
-
-    Gathered weights are freed on the way in and out: FSDP takes over `requires_grad` when it gathers, and what a
-    forward pass without gradients left gathered would train no more.
-    """
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def train(on: bool) -> None:
-        for module in modules:
-            reshard(module)
-        for parameter in trained:
-            parameter.requires_grad_(on)
-
-    train(False)
-    try:
-        yield
-    finally:
-        train(True)
 
 
 class Trainer:
@@ -226,23 +204,25 @@ class Trainer:
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
         optimizer = self.optimizers[phase]
         self.at(f"{phase} forward and backward")
-        for each in self.optimizers.values():  # of all: no phase keeps another's gradients in memory
-            each.zero()
+        self.zero_gradients()
         metrics: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        others = [module for role, module in self.objective.modules.items() if role != phase]
-        with frozen(others):
-            for batch in batches:
-                loss = self.objective.loss(phase, batch, self.random, self.step)
-                loss.value.backward()
-                losses.append(loss.value.detach())
-                metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        for batch in batches:
+            loss = self.objective.loss(phase, batch, self.random, self.step)
+            loss.value.backward()
+            losses.append(loss.value.detach())
+            metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         self.at(f"{phase} update")
         norm = optimizer.clip()
         if self.health.stability.accepts(self.step, phase, losses, norm, [batch.keys for batch in batches]):
             with self.health.stragglers.timed("update"):
                 optimizer.step(lr_factor(self.step, self.config.steps, self.schedules[phase]))
         return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.dp_size}  # summed over packs: the norm
+
+    def zero_gradients(self) -> None:
+        """Of all roles: gradients that reached one through another's phase are not its own."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero()
 
     # -- seeing --------------------------------------------------------------------------------------------------
 
@@ -342,8 +322,7 @@ class Trainer:
             error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {where} has no checkpoint yet")
             raise error
         failed_at = self.step
-        for optimizer in self.optimizers.values():
-            optimizer.zero()
+        self.zero_gradients()
         self.restore(path)
         self.position = position
         self.health.stability.rolled_back(failed_at, self.step)

@@ -30,7 +30,11 @@ class Objective(Protocol):
     extra_passes: float  # cost of a step beside the student's forward and backward, in forward passes of the student
 
     def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
-        """step: updates made before this one."""
+        """step: updates made before this one.
+
+        Other roles than `phase` run without gradients, or let them pass: the loop drops what they leave there.
+        (Turning `requires_grad` off and on is not for FSDP, which notes what trains when it first runs.)
+        """
         ...
 
     def warning(self, means: Mapping[str, float]) -> str | None:
