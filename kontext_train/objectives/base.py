@@ -27,7 +27,7 @@ class Objective(Protocol):
 
     modules: dict[str, nn.Module]  # role -> sharded module
     phases: tuple[str, ...]  # roles, in the order in which they take their turn within a step
-    extra_passes: float  # cost of a step beside the student's forward and backward, in forward passes of the student
+    extra_passes: int  # ObjectiveConfig.extra_passes
 
     def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         """step: updates made before this one.

@@ -15,6 +15,15 @@ class ObjectiveConfig:
     trained: ClassVar[tuple[str, ...]] = ("student",)
     edits_only: ClassVar[bool] = False
     needs_empty_prompt: ClassVar[bool] = False
+    # Cost of a step beside the student's forward and backward, in passes of networks of the student's shape.
+    passes_without_gradients: ClassVar[int] = 0
+    passes_through: ClassVar[int] = 0  # of a frozen role, forward and back to its inputs: twice the cost
+
+    @classmethod
+    def extra_passes(cls) -> int:
+        """In forward passes."""
+        return cls.passes_without_gradients + 2 * cls.passes_through
+
     frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
 
@@ -32,6 +41,7 @@ class GuidanceDistillationConfig(ObjectiveConfig):
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     edits_only: ClassVar[bool] = True
     needs_empty_prompt: ClassVar[bool] = True
+    passes_without_gradients: ClassVar[int] = 2  # the teacher's, with and without the prompt
 
     guidance: tuple[float, float] = (1.0, 6.0)  # scales are drawn from here, and the student is good for them
     interval: tuple[float, float] = (0.0, 1.0)  # times at which the teacher is guided; outside, its scale is 1
@@ -51,6 +61,8 @@ class LaddConfig(ObjectiveConfig):
 
     trained: ClassVar[tuple[str, ...]] = ("discriminator", "student")
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    passes_without_gradients: ClassVar[int] = 3  # the student makes, the teacher reads made and real
+    passes_through: ClassVar[int] = 1  # the teacher reads what the student made, in the student's phase
 
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     # Times that the student starts from, before the resolution shift: those of a sampler of so many steps. Falling.

@@ -12,6 +12,7 @@ from kontext_train.flow.path import interpolate, velocity
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.objectives.base import Loss
+from kontext_train.objectives.config import FlowMatchingConfig
 from kontext_train.randomness import VisitRandom
 
 
@@ -19,7 +20,7 @@ class FlowMatching:
     """loss = E ‖v_θ(z_t, t, context, text) − (ε − x)‖², the mean over samples of each sample's mean over its tokens."""
 
     phases: tuple[str, ...] = ("student",)
-    extra_passes = 0.0
+    extra_passes = FlowMatchingConfig.extra_passes()
 
     def __init__(self, student: nn.Module, shift: ShiftConfig, guidance: float | None) -> None:
         """guidance: told to a student with a guidance embedding; None for one without."""

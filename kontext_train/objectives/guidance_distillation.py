@@ -24,7 +24,7 @@ class GuidanceDistillation:
     """loss = E ‖v_student(z_t, t, w) − v_teacher^w(z_t, t)‖², w uniform in a range."""
 
     phases: tuple[str, ...] = ("student",)
-    extra_passes = 2.0  # the teacher's, with and without the prompt
+    extra_passes = GuidanceDistillationConfig.extra_passes()
 
     def __init__(
         self,

@@ -28,8 +28,7 @@ class Ladd:
     """Phase discriminator: hinge. Phase student: minus the logits of what it makes."""
 
     phases: tuple[str, ...] = ("discriminator", "student")
-    # d: the student's forward pass, the teacher's of made and real. g: the teacher's, and back through it.
-    extra_passes = 5.0
+    extra_passes = LaddConfig.extra_passes()
 
     def __init__(
         self,
