@@ -198,7 +198,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     control.model.load_state_dict(load_file(out / "regression.safetensors"))
     things = [one_thing(4, Split.HELDOUT_SCENES, i) for i in range(count)]
     guided, plain = SamplerConfig(guidance=arguments.guidance), SamplerConfig(guidance=1.0)
-    pictures = {("teacher", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
+    own = {("teacher, own times", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
+    teacher.shift = control.shift = student.shift  # all stop at the same times, so that steps compare
+    pictures = {("teacher", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS} | own
     for name, trained in (("student", student), ("regression", control)):
         pictures |= {(name, n): generate(trained, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
     results = {key: judged(images, things) for key, images in pictures.items()}
