@@ -121,6 +121,9 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("parallel.dp_replicate=3", 4, r"dp_shard, cp=\(3, -1, 1\): dp_replicate x cp = 3 must divide the 4 processes"),
         ("+data.sources.web.path=/nowhere", 1, r"data\.sources\.web\.path='/nowhere': must be a folder"),
         ("+data.sources.web={path: /, max_pixels: 99}", 1, r"data\.sources\.web\.max_pixels=99: must hold at least"),
+        ("weights.teacher=x", 1, r"weights\.teacher='x': has no effect: this stage has no teacher"),
+        ("weights.frozen_dtype=float32", 1, r"weights\.frozen_dtype='float32': has no effect"),
+        ("discriminator_optimizer.lr=1", 1, r"discriminator_optimizer\.lr=1\.0: has no effect: this stage trains no"),
         ("parallel.dp_shard=2", 4, r"dp_shard, cp=\(1, 2, 1\): .* must be the number of processes, 4"),
     ],
 )
@@ -128,6 +131,34 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
     source = "data.train=''" if "sources" in override else f"data.train={shards}"
     with pytest.raises(ConfigError, match=message):
         check(small_config(shards, tmp_path, source, override), world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=ladd"], r"weights\.teacher=None: must be given: this stage learns from a frozen teacher"),
+        (["stage=ladd", "weights.teacher=/nowhere"], r"weights\.teacher='/nowhere': must exist"),
+        (["stage=ladd", "weights.reference=x"], r"weights\.reference='x': has no effect: this stage has no reference"),
+        (["stage=ladd", "parallel.cp=2"], r"parallel\.cp=2: gives each rank some tokens of a picture, and the heads"),
+        (["stage=ladd", "objective.discriminator.blocks=[7]"], r"discriminator\.blocks=\[7\]: must be below 2"),
+        (
+            ["stage=ladd", "objective.discriminator.blocks=[1,0]"],
+            r"discriminator\.blocks=\[1, 0\]: must be .* ascending",
+        ),
+        (["stage=ladd", "objective.times=[0.5,1]"], r"objective\.times=\[0\.5, 1\.0\]: must be falling"),
+        (
+            ["stage=ladd", "objective.probabilities=[1]"],
+            r"objective\.probabilities=\[1\.0\]: must be a probability for",
+        ),
+        (["stage=ladd", "discriminator_optimizer.lr=0"], r"discriminator_optimizer\.lr=0\.0: must be positive"),
+        (["stage=guidance_distillation", "model.guidance_embed=false"], r"guidance_embed=False: but guidance_distil"),
+        (["stage=guidance_distillation", "objective.guidance=[4,2]"], r"objective\.guidance=.*: must be a lower and a"),
+        (["stage=guidance_distillation", "objective.interval=[0,2]"], r"objective\.interval=.*: must be an earlier"),
+    ],
+)
+def test_stages_check_their_roles_and_options(shards: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(small_config(shards, tmp_path, "weights.student=quickstart/encoders", *overrides), 2)
 
 
 def test_sources_come_from_a_recipe_and_from_the_command_line() -> None:

@@ -1,5 +1,6 @@
 """What a user of kontext-estimate sees."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_shards_and_a_simulation(shards: Path) -> None:
     )
     assert f"first steps of {shards}" in text
     assert "all-gather of 4 ranks, GB" in text
+
+
+def test_stages_with_a_teacher_cost_its_memory_and_its_passes() -> None:
+    """8 and 5 forward passes instead of 3, and a frozen copy in bfloat16."""
+    costs = {}
+    for stage in ("flow_finetune", "guidance_distillation", "ladd"):
+        text = estimated(composed(*TINY, f"stage={stage}", "world=4"))
+        costs[stage] = [
+            float(value) for value in re.findall(r"^  (?:useful|computed) TFLOP +([\d.]+)", text, re.MULTILINE)
+        ]
+    for stage, passes in (("guidance_distillation", 5), ("ladd", 8)):
+        for column in (0, 1):
+            assert costs[stage][column] / costs["flow_finetune"][column] == pytest.approx(passes / 3, rel=0.06)
+
+
+def test_the_recipes_fit_64_h100s() -> None:
+    for recipe in ("pro", "dev", "max"):
+        config = composed(f"experiment={recipe}", "world=64")
+        assert config.parallel.activation_checkpointing.value == "selective"
+        assert config.data.tokens_per_pack % 8704 == 0
 
 
 @pytest.mark.parametrize(
