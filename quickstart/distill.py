@@ -155,7 +155,7 @@ class Result:
     @property
     def entropy(self) -> float:
         """Of the places, in nats."""
-        return -sum(n / self.right * math.log(n / self.right) for n in self.places.values() if n)
+        return sum(n / self.right * math.log(self.right / n) for n in self.places.values())
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
         """Wilson's, of 95 %."""

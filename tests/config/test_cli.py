@@ -151,7 +151,10 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
             r"objective\.probabilities=\[1\.0\]: must be a probability for",
         ),
         (["stage=ladd", "discriminator_optimizer.lr=0"], r"discriminator_optimizer\.lr=0\.0: must be positive"),
-        (["stage=guidance_distillation", "model.guidance_embed=false"], r"guidance_embed=False: but guidance_distil"),
+        (
+            ["stage=guidance_distillation", "model.guidance_embed=false", "weights.guidance_in=require"],
+            r"guidance_embed=False: but guidance_distil",
+        ),
         (["stage=guidance_distillation", "objective.guidance=[4,2]"], r"objective\.guidance=.*: must be a lower and a"),
         (["stage=guidance_distillation", "objective.interval=[0,2]"], r"objective\.interval=.*: must be an earlier"),
     ],
