@@ -1,6 +1,7 @@
 """Whole LoRA runs: only adapters train and are kept, and a run is the same however it is cut."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,11 @@ def rounded_to_float8(name: str, value: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_eager_run_and_compiles_no_more(shards: Path, base: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_is_the_eager_run_and_compiles_no_more(
+    shards: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Derivatives are traced, without code generation, which a run that trains all weights has in test_train.py."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     options = ("run.steps=2", "data.pad_packs=true", "parallel.activation_checkpointing=selective")
     run(lora_config(shards, base, tmp_path / "eager", *options))
     run(lora_config(shards, base, tmp_path / "compiled", *options, "parallel.compile=true"))
