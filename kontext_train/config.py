@@ -177,9 +177,13 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     _check_master_dtype(config)
     _check_guidance_in(config)
     _check_lora(config)
-    if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
-        rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
-        raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
+    for optimizer in (config.optimizer, config.discriminator_optimizer):
+        if optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
+            rule, hint = (
+                "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory",
+                "Use one of them",
+            )
+            raise ConfigError(f"{optimizer.key}.moments", "int8", rule, hint)
     outside = [rank for rank in config.profiler.ranks if not 0 <= rank < world_size]
     if config.profiler.steps and (outside or not config.profiler.ranks):
         rule = f"must be some of the ranks 0 to {world_size - 1}"
@@ -275,6 +279,10 @@ def _check_roles(config: TrainConfig) -> None:
             if config.parallel.cp > 1:
                 rule = "gives each rank some tokens of a picture, and the heads of ladd read whole pictures"
                 raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use cp=1")
+    heads = config.discriminator_optimizer
+    if heads.stochastic_rounding:
+        rule = "is of weights kept in bfloat16, and a discriminator's are always float32"
+        raise ConfigError(f"{heads.key}.stochastic_rounding", True, rule, "Leave it out")
     if not trains_discriminator(config):
         for options in (config.discriminator_optimizer, config.discriminator_schedule):
             given, defaults = _plain(asdict(options)), _plain(asdict(type(options)()))

@@ -98,7 +98,7 @@ class Trainer:
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
-        # forward, gradients of inputs, of weights
+        # forward, gradients of inputs and of weights, and what else the stage runs
         self.passes = 2 + trained_share(objective.modules["student"]) + objective.extra_passes
 
     # -- the loop ------------------------------------------------------------------------------------------------

@@ -227,9 +227,8 @@ def _discriminator(setup: Setup, sharding: Sharding) -> Iterator[Role]:
         with torch.device("meta"):
             network = Discriminator(len(heads.blocks_of(model)), model.hidden_size, heads.channels, model.vec_in_dim)
         elements = sum(_padded(p, sharding.shards) for p in network.parameters())
-        master = BYTES[setup.parallel.master_dtype]
         states = 8.0 if setup.heads.moments is MomentDtype.float32 else 2 * (1 + 4 / 256)
-        yield Role("discriminator", elements, master, master, states, shards=sharding.shards)
+        yield Role("discriminator", elements, 4, 4, states, shards=sharding.shards)
 
 
 def _more_gathers(setup: Setup) -> int:

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
@@ -37,6 +38,11 @@ def build_objective(
             return FlowMatching(student, shift, config.guidance if model.guidance_embed else None)
         case GuidanceDistillationConfig():
             assert empty_prompt is not None
+            if cast(Flux, networks["teacher"]).config.guidance_embed:
+                rule = "is told its guidance, and this stage learns from one that is guided by two passes"
+                raise ConfigError(
+                    "weights.teacher", "with guidance_in", rule, "Give the model from before, such as pro"
+                )
             return GuidanceDistillation(config, student, networks["teacher"], shift, empty_prompt)
         case LaddConfig():
             told = config.student_guidance if model.guidance_embed else None

@@ -85,13 +85,13 @@ def _within(key: str, names: Sequence[str]) -> bool:
 
 def _is_free(key: str, now: dict[str, Any]) -> bool:
     if key == "run.steps":  # a longer run is a longer run, unless the rate is a function of its length
-        return now["schedule"]["name"] == "constant"
+        return now["schedule"]["name"] == now["discriminator_schedule"]["name"] == "constant"
     return any(fnmatchcase(key, p) for p in FREE) and not any(fnmatchcase(key, p) for p in PRECISIONS)
 
 
 def _decides_tensors(key: str, was: Any, now: Any) -> bool:
     if key == "ema.half_life_images":
         return not (was > 0 and now > 0)
-    return key in ("optimizer.name", "optimizer.moments") or (
-        key.startswith(("model.", "lora.")) and not key.startswith("model.init.")
+    return key.removeprefix("discriminator_") in ("optimizer.name", "optimizer.moments") or (
+        key.startswith(("model.", "lora.", "objective.discriminator.")) and not key.startswith("model.init.")
     )

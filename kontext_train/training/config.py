@@ -84,7 +84,7 @@ class ScheduleConfig:
 
 @dataclass(slots=True)
 class DiscriminatorOptimizerConfig(OptimizerConfig):
-    """The same options for the phase that trains a discriminator, with no memory of where the student was."""
+    """The same options for the phase that trains a discriminator. No momentum: what it judges changes every step."""
 
     key: ClassVar[str] = "discriminator_optimizer"
 

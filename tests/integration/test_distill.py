@@ -140,6 +140,24 @@ def test_health_is_told_at_every_log_step(edits: Path, teacher: Path, tmp_path: 
     assert all(names <= r.keys() for r in records)
 
 
+def test_adapters_learn_from_a_teacher_too(edits: Path, teacher: Path, tmp_path: Path) -> None:
+    run(distillation(edits, teacher, tmp_path, *LADD, "run.steps=1", "lora.rank=2"))
+    stored = dcp.FileSystemReader(tmp_path / "checkpoints" / "step_00000001").read_metadata().state_dict_metadata
+    student = [name for name in stored if name.startswith("modules.student.")]
+    assert student
+    assert all(name.endswith((".lora_up", ".lora_down")) for name in student)
+
+
+def test_a_teacher_that_embeds_guidance_cannot_be_guided(edits: Path, teacher: Path, tmp_path: Path) -> None:
+    embedding = ("model.guidance_embed=true", "run.steps=1", f"weights.student={teacher}", "weights.guidance_in=add")
+    run(small_config(edits, tmp_path / "run", *embedding))
+    file = tmp_path / "embedding.safetensors"
+    export(ExportConfig(str(tmp_path / "run"), str(file), dtype=StorageDtype.float32))
+    with pytest.raises(ConfigError, match=r"weights\.teacher='with guidance_in': is told its guidance"):
+        train(distillation(edits, teacher, tmp_path / "dev", *GUIDANCE, f"weights.teacher={file}"))
+
+
+@pytest.mark.slow
 def test_another_teacher_is_refused_on_resume(edits: Path, shards: Path, teacher: Path, tmp_path: Path) -> None:
     run(distillation(edits, teacher, tmp_path / "run", *GUIDANCE, "run.steps=1"))
     moved = tmp_path / "moved.safetensors"
