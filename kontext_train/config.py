@@ -227,6 +227,11 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
+    if config.weights.guidance_in is not GuidanceIn.require and config.weights.student is None:
+        rule = "is about weights that are read, and weights.student is not given"
+        raise ConfigError(
+            "weights.guidance_in", config.weights.guidance_in.value, rule, "Give weights.student, or use require"
+        )
     for role in config.objective.frozen:
         if (given := getattr(config.weights, role)) is None:
             rule = f"must be given: this stage learns from a frozen {role}"
@@ -253,9 +258,6 @@ def check_weights(config: TrainConfig) -> None:
 
 def _check_guidance_in(config: TrainConfig) -> None:
     choice, embeds = config.weights.guidance_in, config.model.guidance_embed
-    if choice is not GuidanceIn.require and config.weights.student is None:
-        rule = "is about weights that are read, and weights.student is not given"
-        raise ConfigError("weights.guidance_in", choice.value, rule, "Give weights.student, or use require")
     if (choice is GuidanceIn.add and not embeds) or (choice is GuidanceIn.drop and embeds):
         rule = f"contradicts model.guidance_embed={str(embeds).lower()}"
         hint = f"Set model.guidance_embed={str(not embeds).lower()}, or weights.guidance_in=require"
