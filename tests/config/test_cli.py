@@ -95,7 +95,7 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("data.train=/nowhere", 1, r"data\.train='/nowhere': must be a folder of indexed shards"),
         ("data.validation=/nowhere", 1, r"data\.validation='/nowhere': must be a folder"),
         ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
-        ("weights.guidance_in=add", 1, r"weights\.guidance_in='add': is about weights that are read"),
+        ("weights.guidance_in=drop", 1, r"weights\.guidance_in='drop': is about weights that are read"),
         ("weights={student: x, guidance_in: add}", 1, r"guidance_in='add': contradicts model\.guidance_embed=false"),
         ("profiler={steps: 1, ranks: [0, 1]}", 1, r"profiler\.ranks=\[0, 1\]: must be some of the ranks 0 to 0"),
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
