@@ -51,7 +51,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distillation on the quickstart's world")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the shards")
-    data.add_argument("--samples", type=int, default=12_000)
     regress = commands.add_parser("regress", help="train the control")
     regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
     regress.add_argument("--steps", type=int, default=1000)
@@ -68,8 +67,9 @@ def main() -> None:
     torch.manual_seed(0)
     match arguments.command:
         case "data":
-            write_one_thing(arguments.out / "one_thing", arguments.samples)
-            write_shards(arguments.out / "edits", arguments.samples, seed=2, describe_fraction=0.0)
+            write_one_thing(arguments.out / "one_thing", 12_000)
+            write_one_thing(arguments.out / "asked", 4096)  # the first of them: what the teacher is asked to draw
+            write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
         case "regress":
             control = regressed(arguments.teacher, arguments.targets, arguments.steps)
             save_file(control, arguments.out / "regression.safetensors")
