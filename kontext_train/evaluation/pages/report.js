@@ -18,7 +18,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-const short = (value) => Number(value.toPrecision(4)).toString();
+const short = (value) => Number(value.toPrecision(value !== 0 && Math.abs(value) < 0.01 ? 2 : 4)).toString();
 const interval = (e) => (e.low === null ? short(e.value) : `${short(e.value)} [${short(e.low)}, ${short(e.high)}]`);
 
 // Failures come first ------------------------------------------------------------------------------------------------
@@ -241,6 +241,7 @@ function drawViewer() {
   view.choice = chosen[0];
   $("big").src = chosen[2];
   $("big").alt = chosen[1];
+  $("big").onload = () => $("big").classList.toggle("tiny", $("big").naturalHeight < 180);
   $("choices").replaceChildren(...options.map(([id, label]) =>
     element("button", { "aria-pressed": String(id === view.choice), onclick: () => show(id) }, label)));
   const values = typeof view.choice === "number" && view.choice > 0 ? image.made[view.choice - 1].values : {};
