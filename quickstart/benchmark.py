@@ -8,11 +8,11 @@ be trusted: truth gives the right image, copy the context, noise is noise, other
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -155,7 +155,9 @@ def _pair(folder: Path, key: str, category: str, example: Example, with_context:
 def _chain(folder: Path, key: str, chain: Chain) -> dict[str, Any]:
     truths = chain.truths()
     targets = [_save(folder, f"{key}.target_{t}", scenes.draw(scene)) for t, scene in enumerate(truths[1:], 1)]
-    masks = [_save(folder, f"{key}.mask_{t}", changed_cells(chain.start, truths[1 : t + 1])) for t in range(1, len(truths))]
+    masks = [
+        _save(folder, f"{key}.mask_{t}", changed_cells(chain.start, truths[1 : t + 1])) for t in range(1, len(truths))
+    ]
     start = _save(folder, f"{key}.start", scenes.draw(chain.start))
     files = {"file_name": start, "target_file_names": targets, "mask_file_names": masks}
     return {"key": key, "instructions": chain.prompts, "home": chain.home, **files}
@@ -171,7 +173,10 @@ def changed_cells(before: Scene, afters: Sequence[Scene]) -> np.ndarray:
     pixels = [scenes.draw(scene) for scene in (before, *afters)]
     mask_HW = np.zeros(pixels[0].shape[:2], np.uint8)
     for row, column in before.cells():
-        cell = slice(row * scenes.CELL_PX, (row + 1) * scenes.CELL_PX), slice(column * scenes.CELL_PX, (column + 1) * scenes.CELL_PX)
+        cell = (
+            slice(row * scenes.CELL_PX, (row + 1) * scenes.CELL_PX),
+            slice(column * scenes.CELL_PX, (column + 1) * scenes.CELL_PX),
+        )
         if any((after[cell] != pixels[0][cell]).any() for after in pixels[1:]):
             mask_HW[cell] = 255
     return mask_HW
@@ -184,8 +189,13 @@ class Exact:
     """The quickstart's strict verdict, as a metric: each cell is held against the scene that was asked for."""
 
     name = "exact"
+    workers = 1
     about = "quickstart.scoring"
-    numbers = {"right": Better.higher, "untouched_cell_mae": Better.lower, "edited_cell_mae": Better.lower}
+    numbers: ClassVar[Mapping[str, Better]] = {
+        "right": Better.higher,
+        "untouched_cell_mae": Better.lower,
+        "edited_cell_mae": Better.lower,
+    }
 
     def __init__(self, benchmark: Path) -> None:
         rows = (json.loads(line) for line in (benchmark / SCENES).read_text().splitlines())

@@ -130,7 +130,9 @@ class Arena:
         return {
             "models": self.models,
             "ratings": ratings(self.models, _scored(given)),
-            "by_category": {c: ratings(self.models, _scored([v for v in given if v["category"] == c])) for c in categories},
+            "by_category": {
+                c: ratings(self.models, _scored([v for v in given if v["category"] == c])) for c in categories
+            },
             "total": len(self.comparisons),
             "votes": given,
         }
@@ -194,7 +196,9 @@ def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
                 given = json.loads(self.rfile.read(length))
                 if self.path == "/undo":
                     arena.undo()
-                elif self.path == "/vote" and given["winner"] in SCORES and 0 <= given["number"] < len(arena.comparisons):
+                elif (
+                    self.path == "/vote" and given["winner"] in SCORES and 0 <= given["number"] < len(arena.comparisons)
+                ):
                     arena.vote(given["number"], given["winner"])
                 else:
                     raise ValueError(self.path)
@@ -224,7 +228,8 @@ def serve(models: Sequence[Results], config: ArenaConfig) -> None:
         server = arena_server(arena, config.host, config.port)
     except OSError as error:
         raise ConfigError("port", config.port, f"cannot be served on: {error}", "Give another port=, or 0") from error
-    print(f"http://{config.host}:{server.server_port}/   {len(arena.votes)} of {len(arena.comparisons)} votes are in {config.votes}")
+    address = f"http://{config.host}:{server.server_port}/"
+    print(f"{address}   {len(arena.votes)} of {len(arena.comparisons)} votes are in {config.votes}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

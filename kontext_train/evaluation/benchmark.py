@@ -87,7 +87,7 @@ def read_benchmark(given: str | Path, *, partial: bool = False, key: str = "benc
     name, expected = _declared(folder, key)
     lines = _lines(folder / "metadata.jsonl", key)
     pairs = tuple(_pair(folder, line, f"metadata.jsonl line {number}", key) for number, line in lines)
-    chains = ()
+    chains: tuple[tuple[Case, ...], ...] = ()
     if (folder / "chains.jsonl").is_file():
         its_lines = _lines(folder / "chains.jsonl", key)
         chains = tuple(_chain(folder, line, f"chains.jsonl line {number}", key) for number, line in its_lines)
@@ -172,25 +172,35 @@ def _optional(folder: Path, file: str | None) -> Path | None:
 def _chain(folder: Path, line: dict[str, Any], where: str, key: str) -> tuple[Case, ...]:
     name, start = _safe_key(line, where, key), folder / _text(line, "file_name", where, key)
     instructions = line.get("instructions") or []
-    if not isinstance(instructions, list) or not all(isinstance(i, str) and i for i in instructions) or not instructions:
+    if (
+        not isinstance(instructions, list)
+        or not all(isinstance(i, str) and i for i in instructions)
+        or not instructions
+    ):
         raise ConfigError(key, where, "has no instructions", 'For example ["add a hat", "remove the hat"]')
-    optional = {which: line.get(f"{which}_file_names") for which in ("target", "mask")}
-    for which, files in optional.items():
-        if files is not None and len(files) != len(instructions):
-            rule = f"has {len(files)} {which}_file_names for {len(instructions)} instructions"
-            raise ConfigError(key, where, rule, "Give one a turn, or none")
+    targets, masks = (_one_a_turn(folder, line, f"{which}_file_names", where, key) for which in ("target", "mask"))
     return tuple(
         Case(
             key=f"{name}.turn_{turn}",
             category=f"turn {turn}",
             instruction=instruction,
             contexts=(start,),
+            target=targets[turn - 1],
+            mask=masks[turn - 1],
             turn=turn,
             home=bool(line.get("home")) and turn == len(instructions),
-            **{which: _optional(folder, files and files[turn - 1]) for which, files in optional.items()},
         )
         for turn, instruction in enumerate(instructions, start=1)
     )
+
+
+def _one_a_turn(folder: Path, line: dict[str, Any], name: str, where: str, key: str) -> list[Path | None]:
+    turns, files = len(line["instructions"]), line.get(name)
+    if files is None:
+        return [None] * turns
+    if len(files) != turns:
+        raise ConfigError(key, where, f"has {len(files)} {name} for {turns} instructions", "Give one a turn, or none")
+    return [_optional(folder, file) for file in files]
 
 
 def _check_keys(benchmark: Benchmark, key: str) -> None:

@@ -64,7 +64,9 @@ class VlmConfig:
 
     def __post_init__(self) -> None:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ConfigError("metrics.vlm.url", self.url, "must be an HTTP address", "For example http://localhost:8000/v1")
+            raise ConfigError(
+                "metrics.vlm.url", self.url, "must be an HTTP address", "For example http://localhost:8000/v1"
+            )
         if self.url is not None and not self.model:
             raise ConfigError("metrics.vlm.model", "", "must be given with metrics.vlm.url", "The server's model name")
 

@@ -45,7 +45,9 @@ def ratings(models: Sequence[str], votes: Sequence[Vote]) -> dict[str, dict[str,
         return None
     prior_KK = met_KK / 2
     value_K = elo(bradley_terry((wins_KK + prior_KK)[None]))[0]
-    times_RC = np.random.default_rng(0).multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), size=DRAWS)
+    times_RC = np.random.default_rng(0).multinomial(
+        len(clusters), np.full(len(clusters), 1 / len(clusters)), size=DRAWS
+    )
     drawn_RKK = np.einsum("rc,cij->rij", times_RC.astype(float), wins_CKK) + prior_KK
     low_K, high_K = np.percentile(elo(bradley_terry(drawn_RKK)), LEVELS, axis=0)
     n_K = (wins_KK + wins_KK.T).sum(1)

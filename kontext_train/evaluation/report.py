@@ -21,7 +21,7 @@ PAGES = files("kontext_train.evaluation") / "pages"
 
 
 def write_report(models: Sequence[Results], out: Path) -> Path:
-    """Writes out/index.html and what it shows; returns that file. Raises ConfigError if the models cannot be compared."""
+    """Writes out/index.html and what it shows; returns that file. ConfigError if the models cannot be compared."""
     names = check_comparable(models)
     (out / "images").mkdir(parents=True, exist_ok=True)
     data = gathered(models, names, out)
@@ -134,7 +134,9 @@ def _image(
         "turn": case.turn,
         "instruction": case.instruction,
         "contexts": [_placed(f, out, f"benchmark/{f.relative_to(folder)}") for f in case.contexts],
-        "target": None if case.target is None else _placed(case.target, out, f"benchmark/{case.target.relative_to(folder)}"),
+        "target": None
+        if case.target is None
+        else _placed(case.target, out, f"benchmark/{case.target.relative_to(folder)}"),
         "made": made,
     }
 

@@ -1,10 +1,10 @@
 """A result folder: what one model made of a benchmark.
 
-    settings.json                  model, benchmark, resolution, sampler: one folder's for ever
-    asked.json                     seeds and pairs of the last run: what a score expects to find
-    images/seed_0/KEY.png          and KEY.json: its exact settings and latency, or why it was not made
-    scores/METRIC.json             what `scoring.py` measured
-    summary.json
+settings.json                  model, benchmark, resolution, sampler: one folder's for ever
+asked.json                     seeds and pairs of the last run: what a score expects to find
+images/seed_0/KEY.png          and KEY.json: its exact settings and latency, or why it was not made
+scores/METRIC.json             what `scoring.py` measured
+summary.json
 """
 
 import json

@@ -6,6 +6,7 @@ metric's model is another. summary.json holds every number by category with its 
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def score(
     missing = not_made(results)
     for metric in metrics:
         _measure(results, metric, missing)
-    sets = {}
+    sets: dict[str, dict[str, Any]] = {}
     for set_metric in set_metrics:
         sets |= _compare(results, set_metric, missing, references)
     summary = summarise(results, sets)
@@ -54,26 +55,30 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str]) -> None:
         before = json.loads(file.read_text())
         if before["about"] == metric.about:
             kept = before["values"]
-    values, failed = {}, {}
-    for case, seed in results.images():
-        name = image_id(case.key, seed)
-        if name in missing:
-            continue
-        if name in kept:
-            values[name] = kept[name]
-            continue
+    ids = {image_id(case.key, seed): (case, seed) for case, seed in results.images()}
+    values = {name: kept[name] for name in ids if name in kept and name not in missing}
+    todo = [name for name in ids if name not in values and name not in missing]
+    failed: dict[str, str] = {}
+
+    def attempt(name: str) -> dict[str, float] | str:
+        case, seed = ids[name]
         try:
             found = metric.measure(Shown(case, seed, results.image(case.key, seed)))
         except Unmeasured as error:
-            failed[name] = str(error)
-            continue
+            return str(error)
         infinite = [number for number, value in found.items() if not np.isfinite(value)]
-        if infinite:
-            failed[name] = f"{', '.join(infinite)} is not finite"
-            continue
-        values[name] = found
-    numbers = {number: better.value for number, better in metric.numbers.items()}
-    write_json(file, {"about": metric.about, "numbers": numbers, "values": values, "failed": failed})
+        return f"{', '.join(infinite)} is not finite" if infinite else found
+
+    try:
+        with ThreadPoolExecutor(metric.workers) as pool:
+            for name, found in zip(todo, pool.map(attempt, todo), strict=True):
+                if isinstance(found, str):
+                    failed[name] = found
+                else:
+                    values[name] = found
+    finally:  # what a judge was paid for is not lost
+        numbers = {number: better.value for number, better in metric.numbers.items()}
+        write_json(file, {"about": metric.about, "numbers": numbers, "values": values, "failed": failed})
 
 
 def _compare(
@@ -87,7 +92,9 @@ def _compare(
         real_files = sorted({case.target for case, _ in pairs if case.target is not None})
     if len(real_files) < 2 or len(pairs) < 2:
         rule = f"needs two real images and two made ones at least, and there are {len(real_files)} and {len(pairs)}"
-        raise ConfigError("metrics.references", references, rule, f"Give a folder of images, or leave out {metric.name}")
+        raise ConfigError(
+            "metrics.references", references, rule, f"Give a folder of images, or leave out {metric.name}"
+        )
     failed: dict[str, str] = {}
     made = []
     for case, seed in pairs:
@@ -141,7 +148,9 @@ def summarise(results: Results, sets: dict[str, dict[str, Any]]) -> dict[str, An
         "settings": results.settings,
         "asked": len(cases),
         "not_made": not_made(results),
-        "numbers": {number: found for number, found in (numbers | sets).items() if found["categories"] or found["failed"]},
+        "numbers": {
+            number: found for number, found in (numbers | sets).items() if found["categories"] or found["failed"]
+        },
         "latency": latency(results),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -68,7 +68,8 @@ class Shown:
 class Metric(Protocol):
     name: str
     about: str
-    numbers: Mapping[str, Better]
+    workers: int  # images measured at once, in threads: of use where a server does the work
+    numbers: ClassVar[Mapping[str, Better]]
 
     def measure(self, shown: Shown) -> dict[str, float]:
         """Some of `numbers`: those that the case has what it takes for. Raises Unmeasured."""
@@ -80,7 +81,7 @@ class SetMetric(Protocol):
 
     name: str
     about: str
-    numbers: Mapping[str, Better]
+    numbers: ClassVar[Mapping[str, Better]]
 
     def feature(self, image: Image.Image) -> np.ndarray: ...
 

@@ -4,7 +4,9 @@ Similarities are cosines. Direction: Gal et al. 2022 (StyleGAN-NADA), as Instruc
 The aesthetic head is LAION's: linear layers on the normalised image embedding.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,12 +22,15 @@ class ClipEmbedder:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
             self.images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             self.tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             rule = f"is no CLIP model with its processor and tokenizer: {str(error).splitlines()[0]}"
-            raise ConfigError("metrics.clip", folder, rule, "Give a folder as clip-vit-large-patch14 is released") from error
+            raise ConfigError(
+                "metrics.clip", folder, rule, "Give a folder as clip-vit-large-patch14 is released"
+            ) from error
+        self.model.to(device)
         self.device = device
         weights = digest(*sorted(Path(folder).glob("*.safetensors")))
         self.about = f"CLIP {Path(folder).name}, weights {weights}"
@@ -49,7 +54,12 @@ class ClipEmbedder:
 
 class Clip:
     name = "clip"
-    numbers = {"clip_text": Better.higher, "clip_direction": Better.higher, "clip_image": Better.higher}
+    workers = 1
+    numbers: ClassVar[Mapping[str, Better]] = {
+        "clip_text": Better.higher,
+        "clip_direction": Better.higher,
+        "clip_image": Better.higher,
+    }
 
     def __init__(self, embedder: ClipEmbedder) -> None:
         self.embedder, self.about = embedder, embedder.about
@@ -71,7 +81,8 @@ class Clip:
 
 class Aesthetic:
     name = "aesthetic"
-    numbers = {"aesthetic": Better.higher}
+    workers = 1
+    numbers: ClassVar[Mapping[str, Better]] = {"aesthetic": Better.higher}
 
     def __init__(self, embedder: ClipEmbedder, file: str) -> None:
         self.embedder = embedder
@@ -83,7 +94,9 @@ class Aesthetic:
             taken = self.layers[0][0].shape[1]
         except Exception as error:  # torch.load raises many kinds
             rule = f"is no head of linear layers ({type(error).__name__}: {error})"
-            raise ConfigError("metrics.aesthetic", file, rule, "Give sa_0_4_vit_l_14_linear.pth, for example") from error
+            raise ConfigError(
+                "metrics.aesthetic", file, rule, "Give sa_0_4_vit_l_14_linear.pth, for example"
+            ) from error
         given = embedder.model.config.projection_dim
         if taken != given:
             rule = f"takes embeddings of {taken} numbers, and metrics.clip gives {given}"

@@ -1,6 +1,8 @@
 """DINOv2: how near the image is to its context, blind to words. The cosine of the two class tokens."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest
 
 class Dino:
     name = "dino"
-    numbers = {"dino_image": Better.higher}
+    workers = 1
+    numbers: ClassVar[Mapping[str, Better]] = {"dino_image": Better.higher}
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:

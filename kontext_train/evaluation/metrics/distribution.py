@@ -4,7 +4,9 @@ Legend: N made images; M real ones; D features; K = min(N, D).
 FID: Heusel et al. 2017. KID: Binkowski et al. 2018. CMMD: Jayasumana et al. 2024, arXiv 2401.09603.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ class Inception:
     """FID and KID with the TorchScript Inception of 2015-12-05, which takes uint8 and resizes by itself."""
 
     name = "inception"
-    numbers = {"fid": Better.lower, "kid": Better.lower}
+    numbers: ClassVar[Mapping[str, Better]] = {"fid": Better.lower, "kid": Better.lower}
 
     def __init__(self, file: str, device: torch.device) -> None:
         try:
@@ -43,7 +45,7 @@ class Inception:
 
 class Cmmd:
     name = "cmmd"
-    numbers = {"cmmd": Better.lower}
+    numbers: ClassVar[Mapping[str, Better]] = {"cmmd": Better.lower}
 
     def __init__(self, embedder: ClipEmbedder) -> None:
         self.embedder, self.about = embedder, embedder.about
@@ -68,7 +70,7 @@ def frechet(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
 def _root(x_ND: np.ndarray) -> np.ndarray:
     """R [K, D] with Rᵀ R the covariance."""
-    return np.linalg.qr((x_ND - x_ND.mean(0)) / np.sqrt(len(x_ND) - 1), mode="r")
+    return np.asarray(np.linalg.qr((x_ND - x_ND.mean(0)) / np.sqrt(len(x_ND) - 1), mode="r"))
 
 
 def kernel_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:

@@ -3,7 +3,9 @@
 The linear weights come with torchmetrics. The backbone is torchvision's AlexNet file, so its layers have those names.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +34,12 @@ def alexnet_features() -> nn.Sequential:
 
 class Lpips:
     name = "lpips"
-    numbers = {"lpips_image": Better.lower, "lpips_untouched": Better.lower, "lpips_target": Better.lower}
+    workers = 1
+    numbers: ClassVar[Mapping[str, Better]] = {
+        "lpips_image": Better.lower,
+        "lpips_untouched": Better.lower,
+        "lpips_target": Better.lower,
+    }
 
     def __init__(self, file: str, device: torch.device) -> None:
         self.features = alexnet_features()

@@ -3,6 +3,9 @@
 Pictures in [0, 1]; mae is the mean absolute error. SSIM: Wang et al. 2004, as torchmetrics computes it.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from PIL import Image
@@ -16,8 +19,9 @@ NO_ERROR_DB = 100.0  # what PSNR is at most: equal pictures would have infinity,
 
 class Pixels:
     name = "pixels"
+    workers = 1
     about = f"torchmetrics {__version__}"
-    numbers = {
+    numbers: ClassVar[Mapping[str, Better]] = {
         "untouched_mae": Better.lower,
         "untouched_psnr": Better.higher,
         "untouched_ssim": Better.higher,
