@@ -170,6 +170,23 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     _check_keeping(config)
 
 
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same files and folders, named so that they are found from any working directory.
+
+    What a run records of itself must not depend on where it was started. run.dir stays as given: a run folder may move.
+    """
+    places: list[tuple[Any, str]] = [(config.encoders, "path"), (config.checkpoint, "folder")]
+    places += [(config.weights, "student"), (config.data, "train"), (config.data, "validation")]
+    places += [(config.data.storage, "cache_dir"), *((source, "path") for source in config.data.sources.values())]
+    if config.run.resume not in ("auto", "none"):
+        places.append((config.run, "resume"))
+    for owner, name in places:
+        path = getattr(owner, name)
+        if path and not is_url(path):
+            setattr(owner, name, str(Path(path).absolute()))
+    return config
+
+
 def check(config: TrainConfig, world_size: int) -> None:
     """All relations, and everything outside that a run needs. Raises ConfigError by dotted key."""
     check_relations(config, world_size)
@@ -183,8 +200,6 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
-    if config.weights.student is not None and not Path(config.weights.student).exists():
-        raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
     if config.lora.rank and config.weights.student is None:
         rule = "must be given, because lora.rank > 0 adapts weights that exist"
         raise ConfigError("weights.student", None, rule, "Give a safetensors file, or set lora.rank=0")
@@ -195,6 +210,12 @@ def check(config: TrainConfig, world_size: int) -> None:
     for key, folder in folders.items():
         if not (folder and (is_url(folder) or Path(folder).is_dir())):
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")
+
+
+def check_weights(config: TrainConfig) -> None:
+    """What a run begins with. A run that goes on from its own checkpoint may have outlived these files."""
+    if config.weights.student is not None and not Path(config.weights.student).exists():
+        raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
 
 
 def _check_guidance_in(config: TrainConfig) -> None:

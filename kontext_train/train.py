@@ -15,7 +15,16 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kontext_train.config import TrainConfig, as_yaml, check, plain, register_schemas, typed
+from kontext_train.config import (
+    TrainConfig,
+    as_yaml,
+    check,
+    check_weights,
+    plain,
+    register_schemas,
+    typed,
+    with_absolute_paths,
+)
 from kontext_train.distributed.config import Reshard, world_size_from_environment
 from kontext_train.errors import ConfigError
 
@@ -48,7 +57,7 @@ def composed_by_hydra(composed: DictConfig) -> None:
 
 def start(configured: Callable[[], TrainConfig]) -> None:
     try:
-        config = configured()
+        config = with_absolute_paths(configured())
         check(config, world_size_from_environment())
         train(config)
     except ConfigError as error:
@@ -66,7 +75,8 @@ def of_run(arguments: Sequence[str]) -> TrainConfig:
         raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = typed(compose("config", overrides=list(arguments[1:])))
+            # What was allowed to change once was allowed for one start.
+            config = typed(compose("config", overrides=["run.allow_changes=[]", *arguments[1:]]))
     except HydraException as error:
         raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
     config.run.dir = str(folder)
@@ -179,6 +189,8 @@ def train(config: TrainConfig) -> None:
     newest = checkpoint.newest_readable(candidates)
     if newest is not None:
         check_resumable(newest, checkpoint.read_record(newest), record)
+    else:
+        check_weights(config)
 
     if config.health.memory_history and not torch.cuda.is_available():
         rule = "is of a GPU's allocator, and there is no GPU"

@@ -135,6 +135,7 @@ class Trainer:
             try:
                 window.add(self.train_step(pixels))
             except Unstable as error:
+                self.note_bad(pixels)
                 self.roll_back(error, pixels[-1].position, log)
                 window = Window(time.perf_counter())
                 continue
@@ -168,12 +169,17 @@ class Trainer:
 
     def agree_to_stop(self, stop: StopRequest, pixels: list[PixelBatch]) -> bool:
         """Whether a rank got a signal, or too many samples were bad: the same on every rank."""
+        (stops,) = self.note_bad(pixels, stop.name is not None)
+        return stops > 0 or self.bad.too_many()
+
+    def note_bad(self, pixels: list[PixelBatch], *counts: int) -> list[int]:
+        """Count a step's bad samples on all ranks, and tell them; `counts` are summed over ranks by the way."""
         own = [note for batch in pixels for note in batch.bad]
         self.bad.seen += pixels[0].samples_in_step
-        stops, bad = sum_counts([stop.name is not None, len(own)])
+        bad, *sums = sum_counts([len(own), *counts])
         if bad:
             self.bad.note(self.step, own)
-        return stops > 0 or self.bad.too_many()
+        return sums
 
     def at(self, phase: str) -> None:
         """Where this rank is, for all who watch. All ranks come to the same places."""

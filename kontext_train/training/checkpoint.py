@@ -47,9 +47,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def find_resume(resume: str, folder: Path) -> list[Path]:
     """The checkpoints to go on from, newest first: the next is for when one turns out to be damaged. [] starts afresh.
 
-    resume: `auto` takes the complete checkpoints of `folder`; `none` insists on a folder without any; a step folder is
-    where a run begins, and once the run has checkpoints of its own it goes on from those, so that a requeued job does
-    not begin again.
+    resume: `auto` takes the complete checkpoints of `folder`; `none` insists on a folder without any; a step folder of
+    another run is where a run begins, and once the run has checkpoints of its own it goes on from those, so that a
+    requeued job does not begin again.
     """
     existing = complete_checkpoints(folder)[::-1]
     if resume == "none" and existing:
@@ -58,12 +58,14 @@ def find_resume(resume: str, folder: Path) -> list[Path]:
     if resume in ("auto", "none"):
         return existing
     named = place(resume)
-    if existing and named.resolve().parent != folder.resolve():
+    if named.resolve().parent == folder.resolve():
+        rule = "is one of the run's own checkpoints, which it would have gone beyond when it is started again"
+        raise ConfigError(
+            "run.resume", resume, rule, "Use auto for the newest; to go back, first remove the newer ones"
+        )
+    if existing:
         return existing
     read_record(named, key="run.resume")
-    if existing and named.resolve() != existing[0].resolve():
-        rule = f"but {existing[0].name} is newer and the two would mix"
-        raise ConfigError("run.resume", resume, rule, "Remove the newer ones, or use another run.dir")
     return [named]
 
 

@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from kontext_train.config import check
+from kontext_train.config import check, check_weights, with_absolute_paths
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
 from kontext_train.sample import main as sample_main
@@ -95,7 +95,6 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("data.train=/nowhere", 1, r"data\.train='/nowhere': must be a folder of indexed shards"),
         ("data.validation=/nowhere", 1, r"data\.validation='/nowhere': must be a folder"),
         ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
-        ("weights.student=/nowhere", 1, r"weights\.student='/nowhere': must exist"),
         ("weights.guidance_in=add", 1, r"weights\.guidance_in='add': is about weights that are read"),
         ("weights={student: x, guidance_in: add}", 1, r"guidance_in='add': contradicts model\.guidance_embed=false"),
         ("profiler={steps: 1, ranks: [0, 1]}", 1, r"profiler\.ranks=\[0, 1\]: must be some of the ranks 0 to 0"),
@@ -128,6 +127,23 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
     source = "data.train=''" if "sources" in override else f"data.train={shards}"
     with pytest.raises(ConfigError, match=message):
         check(small_config(shards, tmp_path, source, override), world)
+
+
+def test_weights_to_begin_with_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"weights\.student='/nowhere': must exist"):
+        check_weights(compose_config("weights.student=/nowhere"))
+
+
+def test_what_a_run_records_names_the_same_files_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("data=mixture", "data.sources.edits.path=a", "data.sources.text_to_image.path=s3://bucket/b")
+    given += ("weights.student=w.safetensors", "checkpoint.folder=kept", "run.resume=old/step_00000001", "run.dir=out")
+    monkeypatch.chdir("/tmp")
+    config = with_absolute_paths(compose_config(*given, "encoders.path=../usr"))
+    assert [source.path for source in config.data.sources.values()] == ["/tmp/a", "s3://bucket/b"]
+    assert (config.weights.student, config.checkpoint.folder) == ("/tmp/w.safetensors", "/tmp/kept")
+    assert (config.run.resume, config.encoders.path) == ("/tmp/old/step_00000001", "/tmp/../usr")
+    assert (config.run.dir, config.data.train, config.data.validation) == ("out", "", None)
+    assert with_absolute_paths(compose_config("run.resume=none")).run.resume == "none"
 
 
 def test_sources_come_from_a_recipe_and_from_the_command_line() -> None:

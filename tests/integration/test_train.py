@@ -161,8 +161,9 @@ def test_an_unfinished_save_is_neither_taken_nor_kept(shards: Path, tmp_path: Pa
 def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path: Path) -> None:
     run(small_config(shards, tmp_path / "first", "run.steps=3", "run.save_every_steps=1"))
     old = tmp_path / "first" / "checkpoints" / "step_00000002"
-    with pytest.raises(ConfigError, match=r"run\.resume=.*but step_00000003 is newer"):
-        train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={old}"))
+    for own in (old, old.with_name("step_00000003")):  # the newest too: it is so only until the next save
+        with pytest.raises(ConfigError, match=r"run\.resume=.*step_0000000\d': is one of the run's own checkpoints"):
+            train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={own}"))
     with pytest.raises(ConfigError, match=r"run\.resume='/nowhere': is not a complete checkpoint"):
         train(small_config(shards, tmp_path / "new", "run.resume=/nowhere"))
     branch = small_config(shards, tmp_path / "branch", "run.steps=4", f"run.resume={old}")

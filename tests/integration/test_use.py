@@ -209,17 +209,20 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     assert refused.returncode == 2, refused.stderr
     assert "run.allow_changes=[]: does not name all that changed since " in refused.stderr
     assert "optimizer.lr (was 0.01, now 0.001)." in refused.stderr
-    done = outcome([*kontext_train, str(folder), "run.steps=32"], tmp_path)
+    gone = "weights.student=/gone/flux1-dev.safetensors"  # a run of all weights reads its start once
+    done = outcome([*kontext_train, str(folder), "run.steps=32", gone], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from {folder}/checkpoints/step_00000030" in done.stderr
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 33))
     again = of_run([str(folder)])
-    expected = of_run([str(trained_run), "run.steps=32"])
+    expected = of_run([str(trained_run), "run.steps=32", gone])
     expected.run.dir = again.run.dir
     assert again == expected
-    began = of_run([str(folder), f"run.resume={trained_run}/checkpoints/step_00000030"])
-    put(folder / "config.yaml", as_yaml(began).encode())
+    once = (f"run.resume={trained_run}/checkpoints/step_00000030", "run.allow_changes=[optimizer.lr]")
+    put(folder / "config.yaml", as_yaml(of_run([str(folder), *once])).encode())
     assert of_run([str(folder)]).run.resume == "auto", "where it once began is not where it goes on"
+    assert of_run([str(folder)]).run.allow_changes == [], "what was once allowed is not allowed for ever"
+    assert of_run([str(folder), *once]).run.allow_changes == ["optimizer.lr"]
     with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
         of_run([str(folder), "run.stepz=3"])
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
