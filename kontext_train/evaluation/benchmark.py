@@ -48,6 +48,12 @@ class Case:
     home: bool = False  # the chain's edits undo each other: this turn should show the first image again
 
     @property
+    def before(self) -> str:
+        """The key of the turn before."""
+        assert self.turn > 1
+        return f"{self.key.rsplit('_', 1)[0]}_{self.turn - 1}"
+
+    @property
     def base(self) -> str:
         """What results have in common: prompts on one image are not independent."""
         return self.contexts[0].name if self.contexts else self.key

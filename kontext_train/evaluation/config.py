@@ -102,6 +102,19 @@ class MetricsConfig:
 
 
 @dataclass(slots=True)
+class InTrainingConfig:
+    """A slice of a benchmark that is made and measured at each validation of a training run (its key: evaluation)."""
+
+    benchmark: str | None = None  # folder in KontextBench's form; none makes no slice
+    per_category: int = 2  # the first pairs of each category, and as many chains
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        if self.per_category < 1:
+            raise ConfigError("evaluation.per_category", self.per_category, "must be at least 1", "Use 2")
+
+
+@dataclass(slots=True)
 class ScoreConfig:
     """kontext-evaluate score: measure the images of a result folder."""
 

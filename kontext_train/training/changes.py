@@ -22,6 +22,7 @@ FREE = (
     "profiler.*",
     "weights.student",
     "validation.*",
+    "evaluation.*",
     "data.validation",
     "data.train",
     "data.sources.*.path",

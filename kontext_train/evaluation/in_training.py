@@ -1,0 +1,156 @@
+"""A small part of a benchmark, made and measured while a model trains, into run.dir/benchmark/step_N.
+
+All ranks make images, each its share, because the model is sharded over them; rank 0 writes and measures.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from kontext_train.data.encode import Encoders
+from kontext_train.data.transforms import Transform, load_image
+from kontext_train.distributed.setup import World
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.benchmark import Case, read_benchmark
+from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
+from kontext_train.evaluation.make_images import request_seed, settings_of
+from kontext_train.evaluation.metrics.build import build_metrics
+from kontext_train.evaluation.results import claim, image_file, open_results, write_json
+from kontext_train.evaluation.scoring import ALL, score
+from kontext_train.flow.config import SamplerConfig, ShiftConfig
+from kontext_train.generate import Request, generate
+from kontext_train.training.pictures import save_grid
+
+SCALED_TO = 128  # pixels: smaller pictures are enlarged in the grid
+
+
+class BenchmarkSlice:
+    """All ranks make one, and call `measure` at the same steps."""
+
+    def __init__(
+        self,
+        config: InTrainingConfig,
+        encoders: Encoders,
+        sampler: SamplerConfig,
+        shift: ShiftConfig,
+        transform: Transform,
+        *,
+        best_by: str,
+        guidance_embed: bool,
+        world: World,
+        run_dir: Path,
+    ) -> None:
+        """best_by: checkpoint.best_by. Raises ConfigError if the benchmark, or on rank 0 a metric, is not as it should."""
+        assert config.benchmark is not None
+        full = read_benchmark(config.benchmark, partial=True, key="evaluation.benchmark")
+        self.benchmark = full.first(config.per_category)
+        self.making = MakingConfig(per_category=config.per_category, sampler=sampler)
+        self.metrics, sets = build_metrics(config.metrics) if world.is_main else ([], [])
+        if sets:
+            rule = "compare large sets, which a slice is not"
+            raise ConfigError("evaluation.metrics", [s.name for s in sets], rule, "Leave them to kontext-evaluate")
+        known = [f"benchmark/{number}" for metric in self.metrics for number in metric.numbers]
+        if world.is_main and best_by.startswith("benchmark/") and best_by.split("/turn_")[0] not in known:
+            rule = f"is not measured on evaluation.benchmark. Known: {', '.join(known)}"
+            raise ConfigError("checkpoint.best_by", best_by, rule, "Use one of them, or validation/loss")
+        self.encoders, self.shift, self.transform = encoders, shift, transform
+        self.guidance_embed, self.world, self.folder = guidance_embed, world, run_dir / "benchmark"
+
+    def measure(self, model: nn.Module, step: int) -> dict[str, float]:
+        """benchmark/NUMBER and benchmark/NUMBER/turn_N, the same on every rank. Every rank takes part."""
+        images = self._make(model)
+        found: list[dict[str, float]] = [{}]
+        if self.world.is_main:
+            found = [self._score(images, step)]
+        dist.broadcast_object_list(found, src=0, device=self.world.device)
+        return found[0]
+
+    def picture(self, step: int) -> Path:
+        return self._place(step) / "grid.png"
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _make(self, model: nn.Module) -> dict[str, Tensor]:
+        """Every image, [3, H, W] uint8 on the CPU, by key. A turn edits what the turn before made."""
+        images: dict[str, Tensor] = {}
+        chains = self.benchmark.chains
+        longest = max(map(len, chains), default=0)
+        turns = [[chain[turn] for chain in chains if turn < len(chain)] for turn in range(longest)]
+        for cases in ([*self.benchmark.pairs], *turns):
+            requests = [self._request(case, images) for case in cases]
+            images |= zip((case.key for case in cases), self._share_out(model, requests), strict=True)
+        return images
+
+    def _request(self, case: Case, images: dict[str, Tensor]) -> Request:
+        if case.turn > 1:
+            contexts = [images[case.before]]
+        else:
+            contexts = [torch.from_numpy(load_image(file, self.transform)).permute(2, 0, 1) for file in case.contexts]
+        height, width = contexts[0].shape[1:] if contexts else (self.making.height, self.making.width)
+        seed = request_seed(case.key, 0)
+        return Request(case.instruction, contexts, case.height or height, case.width or width, seed)
+
+    def _share_out(self, model: nn.Module, requests: Sequence[Request]) -> list[Tensor]:
+        """The images of all requests, made by all ranks. Each makes equally many, as a sharded model needs it."""
+        if not requests:
+            return []
+        ranks, rank = self.world.dp_size, self.world.dp_rank
+        each = -(-len(requests) // ranks)
+        own = [requests[(rank + i * ranks) % len(requests)] for i in range(each)]
+        made = [
+            generate(
+                model,
+                self.encoders,
+                [request],
+                self.making.sampler,
+                self.shift,
+                pixels_per_token=self.transform.multiple,
+                guidance_embed=self.guidance_embed,
+                device=self.world.device,
+            )[0]
+            for request in own
+        ]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, [image.numpy() for image in made])
+        by_dp_rank = gathered[:: self.world.cp]  # ranks of one cp group made the same
+        return [torch.from_numpy(by_dp_rank[i % ranks][i // ranks]) for i in range(len(requests))]
+
+    def _score(self, images: dict[str, Tensor], step: int) -> dict[str, float]:
+        out = self._place(step)
+        shutil.rmtree(out, ignore_errors=True)  # of a run that went back behind this step
+        model = {"run": str(self.folder.parent), "step": step}
+        settings = settings_of(out.name, model, self.benchmark, self.making)
+        claim(out, settings, {"seeds": 1, "per_category": self.making.per_category})
+        rows = []
+        for case in self.benchmark:
+            file = image_file(out, case.key, 0)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image_HWC = np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())
+            Image.fromarray(image_HWC).save(file)
+            record = {"key": case.key, "instruction": case.instruction, "sampler": asdict(self.making.sampler)}
+            write_json(file.with_suffix(".json"), record | {"latency_s": None, "error": None})
+            shown = [load_image(f, self.transform) for f in [*case.contexts, *([case.target] if case.target else [])]]
+            pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in shown]
+            pictures.insert(len(case.contexts), images[case.key])
+            rows.append((f"{case.key}: {case.instruction}", pictures))
+        smallest = max(image.shape[1] for image in images.values())
+        save_grid(self.picture(step), rows, scale=max(1, SCALED_TO // smallest))
+        found = {}
+        for number, estimates in score(open_results(out), self.metrics)["numbers"].items():
+            for category, estimate in estimates["categories"].items():
+                if category == ALL:
+                    found[f"benchmark/{number}"] = estimate["value"]
+                elif category.startswith("turn "):
+                    found[f"benchmark/{number}/{category.replace(' ', '_')}"] = estimate["value"]
+            if estimates["failed"]:
+                found[f"benchmark/{number}/failed"] = float(len(estimates["failed"]))
+        return found
