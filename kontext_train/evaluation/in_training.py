@@ -48,7 +48,7 @@ class BenchmarkSlice:
         world: World,
         run_dir: Path,
     ) -> None:
-        """best_by: checkpoint.best_by. Raises ConfigError if the benchmark, or on rank 0 a metric, is not as it should."""
+        """best_by: checkpoint.best_by. ConfigError if the benchmark, or on rank 0 a metric, is not as it should."""
         assert config.benchmark is not None
         full = read_benchmark(config.benchmark, partial=True, key="evaluation.benchmark")
         self.benchmark = full.first(config.per_category)
