@@ -14,7 +14,7 @@ from typing import Any
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import Case
-from kontext_train.evaluation.results import SUMMARY, Results, image_id
+from kontext_train.evaluation.results import SUMMARY, Results, image_id, not_made
 from kontext_train.evaluation.scoring import read_scores
 
 PAGES = files("kontext_train.evaluation") / "pages"
@@ -52,7 +52,7 @@ def check_comparable(models: Sequence[Results]) -> list[str]:
 def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict[str, Any]:
     """All that the page shows, as JSON. Images are put below `out`."""
     summaries = [_summary(model) for model in models]
-    values = [_values(model) for model in models]
+    values, missing = [_values(model) for model in models], [not_made(model) for model in models]
     cases = {image_id(case.key, seed): (case, seed) for model in models for case, seed in model.images()}
     return {
         "benchmark": models[0].benchmark.name,
@@ -68,7 +68,7 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
             for name, summary in zip(names, summaries, strict=True)
         ],
         "differences": _differences(models, summaries, values),
-        "images": [_image(models, values, case, seed, out) for case, seed in cases.values()],
+        "images": [_image(models, values, missing, case, seed, out) for case, seed in cases.values()],
     }
 
 
@@ -110,22 +110,20 @@ def _differences(
 
 
 def _image(
-    models: Sequence[Results], values: Sequence[dict[str, dict[str, float]]], case: Case, seed: int, out: Path
+    models: Sequence[Results],
+    values: Sequence[dict[str, dict[str, float]]],
+    missing: Sequence[dict[str, str]],
+    case: Case,
+    seed: int,
+    out: Path,
 ) -> dict[str, Any]:
     name, folder = image_id(case.key, seed), models[0].benchmark.folder
     made = []
-    for number, (model, own) in enumerate(zip(models, values, strict=True)):
-        record = model.record(case.key, seed)
+    for number, model in enumerate(models):
         file = model.image(case.key, seed)
-        there = record is not None and record["error"] is None and file.is_file()
-        made.append(
-            {
-                "file": _placed(file, out, f"model_{number}/seed_{seed}/{file.name}") if there else None,
-                "error": None if there else (record or {}).get("error") or "was not made",
-                "latency_s": (record or {}).get("latency_s"),
-                "values": own.get(name, {}),
-            }
-        )
+        error = missing[number].get(name) or (None if file.is_file() else "was not asked for")
+        shown = _placed(file, out, f"model_{number}/seed_{seed}/{file.name}") if error is None else None
+        made.append({"file": shown, "error": error, "values": values[number].get(name, {})})
     return {
         "id": name,
         "key": case.key,

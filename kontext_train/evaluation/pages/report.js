@@ -110,7 +110,7 @@ function chart(number, turns) {
     .map((turn) => [turn, model.numbers[number]?.categories[`turn ${turn}`]])
     .filter(([, estimate]) => estimate));
   if (curves.every((curve) => curve.length < 2)) return null;
-  const [width, height, left, right, top, bottom] = [300, 190, 50, 10, 28, 26];
+  const [width, height, left, right, top, bottom] = [300, 190, 56, 10, 28, 26];
   const ends = curves.flat().flatMap(([, e]) => [e.low ?? e.value, e.high ?? e.value]);
   let [low, high] = [Math.min(...ends), Math.max(...ends)];
   if (high === low) [low, high] = [low - 0.5, high + 0.5];
@@ -121,7 +121,7 @@ function chart(number, turns) {
   picture.append(svg("text", { x: left, y: 16, class: "name" }, `${number} ${better[number] === "higher" ? "↑" : "↓"}`));
   for (const value of [low, (low + high) / 2, high]) {
     picture.append(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), stroke: "#8884" }));
-    picture.append(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(3))));
+    picture.append(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(2))));
   }
   for (const turn of turns) picture.append(svg("text", { x: x(turn), y: height - 8, "text-anchor": "middle" }, turn));
   curves.forEach((curve, i) => {
