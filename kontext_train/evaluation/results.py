@@ -9,7 +9,6 @@ summary.json
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def not_made(results: Results) -> dict[str, str]:
     return reasons
 
 
-def latencies(results: Results, cases: Iterable[Case] | None = None) -> list[float]:
+def latencies(results: Results) -> list[float]:
     """Seconds, of images that were made one at a time."""
-    records = (results.record(c.key, s) for s in range(results.seeds) for c in (cases or results.benchmark))
-    return [r["latency_s"] for r in records if r is not None and r["latency_s"] is not None]
+    records = (results.record(case.key, seed) for case, seed in results.images())
+    return [record["latency_s"] for record in records if record is not None and record["latency_s"] is not None]

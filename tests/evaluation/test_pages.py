@@ -107,6 +107,8 @@ def test_the_table_has_every_number_with_its_interval(report: Page, models: list
     assert row.locator("td").nth(2).locator("small.worse").count() == 1, "noise is worse than the truth, and surely so"
     assert row.locator("td").nth(0).locator("small.worse").count() == 0
     assert report.locator("#numbers tr", has_text="median").locator("td").count() == 3
+    assert "untouched_ssim: torchmetrics" in (report.locator("#origin").text_content() or "")
+    assert models[0].benchmark.digest in (report.locator("#origin pre").first.text_content() or "")
     report.select_option("#category", "recolour")
     recoloured = summary["numbers"]["target_mae"]["categories"]["recolour"]
     assert f"n={recoloured['n']}" in row.locator("td").nth(2).inner_text()

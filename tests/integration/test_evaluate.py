@@ -29,7 +29,7 @@ STEPS = "making.sampler.steps=2"
 @pytest.fixture(scope="module")
 def trained_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    runs.run(runs.small_config(shards, folder, "run.steps=3"))
+    runs.run(runs.small_config(shards, folder, "run.steps=3", "run.save_every_steps=2"))
     return folder
 
 
@@ -92,24 +92,19 @@ def test_an_image_is_what_kontext_sample_makes_from_its_record(trained_run: Path
     np.testing.assert_array_equal(pixels(file), pixels(results.image(case.key, 0)))
 
 
-def test_a_model_that_trained_on_is_another_model(shards: Path, scenes: Path, tmp_path: Path) -> None:
-    runs.run(runs.small_config(shards, tmp_path / "run", "run.steps=1"))
-    made(tmp_path / "run", scenes, tmp_path / "out", "making.per_category=1")
+def test_a_model_that_trained_on_is_another_model(trained_run: Path, scenes: Path, tmp_path: Path) -> None:
+    early, late = (trained_run / "checkpoints" / f"step_{step:08d}" for step in (2, 3))
+    made(early, scenes, tmp_path / "out", "making.per_category=1")
     assert not_made(open_results(tmp_path / "out")) == {}
-    made(tmp_path / "run", scenes, tmp_path / "out", "making.per_category=1")
-    runs.run(runs.small_config(shards, tmp_path / "run", "run.steps=2"))
-    with pytest.raises(ConfigError, match=r"holds images of other settings: .*model\.step \(was 1, now 2\)"):
-        made(tmp_path / "run", scenes, tmp_path / "out", "making.per_category=1")
+    made(early.rename(early.with_name("moved")), scenes, tmp_path / "out", "making.per_category=1")
+    with pytest.raises(ConfigError, match=r"holds images of other settings: .*model\.step \(was 2, now 3\)"):
+        made(late, scenes, tmp_path / "out", "making.per_category=1")
 
 
-@pytest.mark.slow
-def test_torchrun_shares_a_benchmark_out(trained_run: Path, scenes: Path, tmp_path: Path) -> None:
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+def test_processes_share_a_benchmark_out(trained_run: Path, scenes: Path, tmp_path: Path) -> None:
+    """As torchrun starts them: ranks and their number come from the environment."""
     options = [f"checkpoint={trained_run}", f"benchmark={scenes}", f"out={tmp_path / 'two'}", STEPS]
-    command = [*torchrun, "-m", "kontext_train.evaluate", "run", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "process 0 of 2" in done.stdout
+    runs.in_processes(2, run, parse(RunConfig, options))
     one, two = (open_results(f) for f in (made(trained_run, scenes, tmp_path / "one"), tmp_path / "two"))
     for case, seed in one.images():
         np.testing.assert_array_equal(pixels(one.image(case.key, seed)), pixels(two.image(case.key, seed)))

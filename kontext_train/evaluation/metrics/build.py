@@ -1,4 +1,4 @@
-"""From options to metrics. Libraries are imported where they are asked for: they come with kontext-train[eval]."""
+"""From options to metrics. Libraries are imported where they are asked for; some come with kontext-train[eval]."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ def build_metrics(config: MetricsConfig) -> tuple[list[Metric], list[SetMetric]]
     metrics: list[Metric] = []
     sets: list[SetMetric] = []
     if config.pixels:
-        with _extra("pixels", True):
-            from kontext_train.evaluation.metrics.pixels import Pixels
+        from kontext_train.evaluation.metrics.pixels import Pixels
+
         metrics.append(Pixels())
     if config.clip is not None:
         from kontext_train.evaluation.metrics.clip import Aesthetic, Clip, ClipEmbedder
@@ -34,8 +34,8 @@ def build_metrics(config: MetricsConfig) -> tuple[list[Metric], list[SetMetric]]
 
         metrics.append(Dino(config.dino, device))
     if config.lpips is not None:
-        with _extra("lpips", config.lpips):
-            from kontext_train.evaluation.metrics.lpips import Lpips
+        from kontext_train.evaluation.metrics.lpips import Lpips
+
         metrics.append(Lpips(config.lpips, device))
     if config.face is not None:
         with _extra("face", config.face):

@@ -79,6 +79,12 @@ function numberCell(model, index, number, category) {
   return cell;
 }
 
+function drawOrigin() {
+  const abouts = [...new Set(numbers.map((number) => `${number}: ${aboutOf(number)}`))];
+  $("origin").append(element("ul", {}, ...abouts.map((about) => element("li", {}, about))));
+  for (const model of DATA.models) $("origin").append(element("pre", {}, JSON.stringify(model.settings, null, 1)));
+}
+
 // Drift over the turns of chains -------------------------------------------------------------------------------------
 
 function drawDrift() {
@@ -337,5 +343,6 @@ $("order").addEventListener("change", () => {
 });
 drawFailures();
 drawNumbers("all");
+drawOrigin();
 drawDrift();
 drawRows();
