@@ -4,6 +4,7 @@ Defaults stand in those dataclasses and nowhere else; `conf/` holds choices. Imp
 that `--help` and `--cfg job` answer at once.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -265,7 +266,7 @@ def _check_keeping(config: TrainConfig) -> None:
         rule = "is made when a run validates, and data.validation is not given"
         raise ConfigError("evaluation.benchmark", config.evaluation.benchmark, rule, "Give data.validation")
     best_by = config.checkpoint.best_by
-    if not best_by.startswith(("validation/loss", "benchmark/")):
+    if not re.fullmatch(r"validation/loss(_t[0-7])?|benchmark/.+", best_by):
         rule = "is no number of validation"
         raise ConfigError("checkpoint.best_by", best_by, rule, "validation/loss, or benchmark/target_mae for example")
     if best_by.startswith("benchmark/") and config.evaluation.benchmark is None:

@@ -251,7 +251,7 @@ class Trainer:
         }
 
     def validate(self, validation: Validation, log: RunLog) -> dict[str, float]:
-        """Returns the loss, the same on every rank."""
+        """Returns all that was measured, the same on every rank."""
         student = self.objective.modules["student"]
         picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied() if self.ema is not None else nullcontext():

@@ -106,6 +106,8 @@ def test_the_table_has_every_number_with_its_interval(report: Page, models: list
     assert f"n={estimate['n']}" in cell
     assert row.locator("td").nth(2).locator("small.worse").count() == 1, "noise is worse than the truth, and surely so"
     assert row.locator("td").nth(0).locator("small.worse").count() == 0
+    home = report.locator("#numbers tr", has_text="cycle_mae, turn 6").locator("td")
+    assert home.first.inner_text().startswith("0 "), "the truth comes home"
     assert report.locator("#numbers tr", has_text="median").locator("td").count() == 3
     assert "untouched_ssim: torchmetrics" in (report.locator("#origin").text_content() or "")
     assert models[0].benchmark.digest in (report.locator("#origin pre").first.text_content() or "")

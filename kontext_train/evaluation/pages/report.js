@@ -52,7 +52,9 @@ function drawNumbers(category) {
   for (const number of numbers) {
     const cells = DATA.models.map((model, index) => numberCell(model, index, number, category));
     if (cells.every((cell) => cell === null)) continue;
-    const label = element("th", { title: aboutOf(number) }, `${number} ${better[number] === "higher" ? "↑" : "↓"}`);
+    const turn = category === "all" ? onlyTurn(number) : undefined;
+    const name = turn === undefined ? number : `${number}, ${turn}`;
+    const label = element("th", { title: aboutOf(number) }, `${name} ${better[number] === "higher" ? "↑" : "↓"}`);
     rows.push(element("tr", {}, label, ...cells.map((cell) => cell ?? element("td", {}, "–"))));
   }
   for (const [key, label] of [["median_s", "seconds an image, median"], ["p95_s", "seconds an image, 95th percentile"]]) {
@@ -63,10 +65,16 @@ function drawNumbers(category) {
   $("numbers").replaceChildren(...rows);
 }
 
+/** Where a number is of one turn alone, as the way home of a chain is, that turn. */
+function onlyTurn(number) {
+  const found = new Set(DATA.models.flatMap((model) => Object.keys(model.numbers[number]?.categories ?? {})));
+  return found.size === 1 && !found.has("all") ? [...found][0] : undefined;
+}
+
 const aboutOf = (number) => DATA.models.map((model) => model.numbers[number]?.about).find(Boolean) ?? "";
 
 function numberCell(model, index, number, category) {
-  const estimate = model.numbers[number]?.categories[category];
+  const estimate = model.numbers[number]?.categories[(category === "all" && onlyTurn(number)) || category];
   if (!estimate) return null;
   const cell = element("td", {}, interval(estimate), element("small", {}, `  n=${estimate.n}`));
   const difference = DATA.differences[index][number];
