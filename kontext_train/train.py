@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,8 @@ register_schemas()
 
 def main() -> None:
     """`kontext-train --resume-run DIR [key=value ...]`, or everything else that Hydra understands."""
-    if sys.argv[1:2] == ["--resume-run"]:
-        start(lambda: of_run(sys.argv[2:]))
+    if any(argument.partition("=")[0] == "--resume-run" for argument in sys.argv[1:]):
+        start(lambda: of_run(sys.argv[1:]))
     else:
         composed_by_hydra()
 
@@ -68,20 +69,24 @@ def start(configured: Callable[[], TrainConfig]) -> None:
 
 
 def of_run(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration of a run folder, with `key=value` arguments after it; the run goes on there."""
-    folder = Path(arguments[0]) if arguments else Path()
+    """The configuration of the run folder that --resume-run names; the run goes on there. Others are key=value."""
+    parser = ArgumentParser("kontext-train", usage="kontext-train --resume-run DIR [key=value ...]", allow_abbrev=False)
+    parser.add_argument("--resume-run", type=Path, required=True)
+    given, overrides = parser.parse_known_args(arguments)
+    folder: Path = given.resume_run
     if not (folder / "config.yaml").is_file():
         rule = "must be a folder that kontext-train wrote, with its config.yaml"
-        raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
+        raise ConfigError("--resume-run", str(folder), rule, "kontext-train --resume-run DIR [key=value ...]")
+    # A change that was allowed stays so until something else changes: a checkpoint may still be of before.
+    changes = ["run.allow_changes=[]", *overrides] if overrides else []
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            # What was allowed to change once was allowed for one start.
-            config = typed(compose("config", overrides=["run.allow_changes=[]", *arguments[1:]]))
+            config = typed(compose("config", overrides=changes))
     except HydraException as error:
         raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
     config.run.dir = str(folder)
-    if not any(argument.startswith("run.resume=") for argument in arguments):
-        config.run.resume = "auto"  # wherever it began, it goes on from its own newest
+    if config.run.resume == "none":  # it was a new folder then
+        config.run.resume = "auto"
     return config
 
 
@@ -211,11 +216,15 @@ def train(config: TrainConfig) -> None:
         resume = checkpoint.newest_whole(config.run.resume, candidates)
         if resume is not None:
             check_resumable(resume, checkpoint.read_record(resume), record)
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            put(folder / "config.yaml", as_yaml(config).encode())
-            print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
-        record_start(folder, world, as_yaml(config), resume)
+        try:
+            if world.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                put(folder / "config.yaml", as_yaml(config).encode())
+                print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
+            record_start(folder, world, as_yaml(config), resume)
+        except OSError as error:
+            hint = "Give a folder on a disk with room, which all ranks share and may write to"
+            raise ConfigError("run.dir", config.run.dir, f"cannot be written to: {error}", hint) from error
         if config.health.memory_history:
             record_history(config.health.memory_history)
             watch.snapshot = folder / "memory" / f"rank_{world.rank:04d}.pickle"

@@ -79,7 +79,8 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
     network = network_of(setup.model, parallel, cluster.world, parts, setup.lora)
     sharding = sharding_of(setup.model, parallel, cluster.world)
-    everything = held(roles(setup, network, sharding), parts.batch)
+    in_run = roles(setup, network, sharding)
+    everything = held(in_run, parts.batch)
     base = _without_offloaded(everything) if parallel.cpu_offload else everything
     peak = largest([_encoding(setup, base), *moments(base, network, sharding, setup.microbatches > 1)])
     sent = (
@@ -103,7 +104,7 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     return Estimate(
         peak=peak,
         host=everything.total - base.total,
-        checkpoint=(everything.parameters + everything.optimizer + everything.ema) * sharding.shards,
+        checkpoint=sum(r.elements * (r.weights + r.optimizer + r.ema) for r in in_run if r.gradients),
         collectives=sent,
         useful_flops=useful,
         computed_flops=work.matrix_flops + work.float8_flops + work.attention_flops,

@@ -20,7 +20,6 @@ FREE = (
     "health.memory_history",
     "health.max_rollbacks",
     "profiler.*",
-    "weights.student",
     "validation.*",
     "evaluation.*",
     "data.validation",
@@ -81,12 +80,14 @@ def _within(key: str, names: Sequence[str]) -> bool:
 def _is_free(key: str, now: dict[str, Any]) -> bool:
     if key == "run.steps":  # a longer run is a longer run, unless the rate is a function of its length
         return now["schedule"]["name"] == "constant"
+    if key == "weights.student":  # the start of a run of all weights has no effect any more; adapters' base is known
+        return now["lora"]["rank"] > 0
     return any(fnmatchcase(key, p) for p in FREE) and not any(fnmatchcase(key, p) for p in PRECISIONS)
 
 
 def _decides_tensors(key: str, was: Any, now: Any) -> bool:
     if key == "ema.half_life_images":
         return not (was > 0 and now > 0)
-    return key in ("optimizer.name", "optimizer.moments") or (
-        key.startswith(("model.", "lora.")) and not key.startswith("model.init.")
+    return key in ("optimizer.name", "optimizer.moments", "lora.rank", "lora.targets") or (
+        key.startswith("model.") and not key.startswith("model.init.")
     )

@@ -20,8 +20,9 @@ from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.roofline import Work, step_time
 from kontext_train.estimation.simulation import Meter
 from kontext_train.estimation.traffic import Collective
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import BaseDtype, EncodersConfig, FluxConfig, LoraConfig
 from kontext_train.models.flux import Flux
+from kontext_train.models.lora import adapt
 from tests.estimation.cases import MODEL, PACK, setup
 from tests.runs import ENCODERS
 
@@ -60,6 +61,14 @@ def test_a_checkpoint_has_weights_moments_and_average_once_however_it_is_sharded
         case = setup(ema=True, **parallel)
         found = estimate(case, ClusterConfig(world=4), traced(case)).checkpoint
         assert found == pytest.approx(16 * parameters, rel=0.01)  # rows are shared out unequally
+    for base in BaseDtype:  # which no checkpoint holds
+        case = setup(ema=True, lora=LoraConfig(rank=8, base_dtype=base))
+        with torch.device("meta"):
+            adapted = Flux(MODEL)
+        adapt(adapted, case.lora)
+        adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        found = estimate(case, ClusterConfig(world=4), traced(case)).checkpoint
+        assert found == pytest.approx(16 * adapters, rel=0.01)
 
 
 def test_float8_needs_its_units() -> None:

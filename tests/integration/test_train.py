@@ -175,6 +175,28 @@ def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path
     assert [r["step"] for r in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in r] == [3, 4]
 
 
+@pytest.mark.parametrize("where", ['"plan": "', '"lr": 0.00', '"config'])
+def test_a_flipped_bit_of_a_record_is_damage_and_no_change_of_options(
+    shards: Path, tmp_path: Path, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(small_config(shards, tmp_path, "run.steps=2", "run.save_every_steps=1"))
+    record = tmp_path / "checkpoints" / "step_00000002" / "record.json"
+    raw = bytearray(record.read_bytes())
+    raw[raw.index(where.encode()) + len(where)] ^= 1
+    record.write_bytes(raw)
+    run(small_config(shards, tmp_path, "run.steps=3", "run.save_every_steps=1"))
+    told = capfd.readouterr().err
+    assert "step_00000002 is damaged: record.json has other bytes than were written" in told
+    assert f"going on from {record.parent.with_name('step_00000001')}" in told
+    assert resolve(tmp_path).name == "step_00000003"
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir='.*/file/run': cannot be written to: .*Not a directory"):
+        train(small_config(shards, tmp_path / "file" / "run"))
+
+
 def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: Path) -> None:
     run(small_config(shards, tmp_path / "a", "run.steps=2", "run.save_every_steps=1"))
     start = f"run.resume={tmp_path / 'a' / 'checkpoints' / 'step_00000001'}"
