@@ -74,10 +74,12 @@ def evaluate(run: Path, out: Path, samples: int, chains: int) -> dict[str, float
 
 def judged(run: Path, out: Path, name: str, samples: int, chains: int) -> Results:
     """The run's images of one benchmark, made and measured."""
-    folder, made = out / "benchmarks" / name, out / "results" / name
+    folder = out / "benchmarks" / name
     write_benchmark(folder, samples, chains, with_context=name == "scenes")
     benchmark = read_benchmark(folder)
-    settings = settings_of("quickstart", describe_model(str(run), ema=True), benchmark, MAKING)
+    model = describe_model(str(run), ema=True)
+    settings = settings_of("quickstart", model, benchmark, MAKING)
+    made = out / "results" / f"{name}_{model['digest']}_{benchmark.digest[:8]}"  # a run that trained on is another
     make_images(lambda: load_trained(run), benchmark, made, settings, MAKING)
     results = open_results(made)
     score(results, [Exact(folder), Pixels()])

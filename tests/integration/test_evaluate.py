@@ -138,65 +138,56 @@ def test_options_are_refused_by_key_in_one_line(tmp_path: Path) -> None:
 # In training ----------------------------------------------------------------------------------------------------------
 
 
-def sliced(shards: Path, scenes: Path, *more: str) -> tuple[str, ...]:
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pairs of three categories and a chain of six turns."""
+    folder = tmp_path_factory.mktemp("few")
+    write_benchmark(folder, samples=2, chains=1)
+    return folder
+
+
+def sliced(shards: Path, benchmark: Path, *more: str) -> tuple[str, ...]:
     validation = (f"data.validation={shards}", "validation.samples=2", "validation.pictures=0")
-    return (*validation, "validation.sampler.steps=2", f"evaluation.benchmark={scenes}", *more)
+    each = ("run.validate_every_steps=1", "evaluation.per_category=1")
+    return (*validation, *each, "validation.sampler.steps=2", f"evaluation.benchmark={benchmark}", *more)
 
 
-def test_a_slice_is_made_and_measured_at_each_validation(shards: Path, scenes: Path, tmp_path: Path) -> None:
+def told(folder: Path) -> list[dict[str, float]]:
+    return [r for r in read_metrics(folder / "metrics.jsonl") if "benchmark/target_mae" in r]
+
+
+def test_a_slice_is_made_and_measured_at_each_validation(shards: Path, few: Path, tmp_path: Path) -> None:
     """And is the same whether one process makes it or two do."""
-    common = sliced(shards, scenes, "run.steps=2", "run.validate_every_steps=1", "evaluation.per_category=1")
-    for name, processes in (("one", 1), ("two", 2)):
-        microbatches = f"run.microbatches={2 // processes}"
-        runs.run(runs.small_config(shards, tmp_path / name, *common, microbatches), processes)
-    records = [
-        [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "benchmark/target_mae" in r]
-        for name in ("one", "two")
-    ]
-    assert [[r["step"] for r in found] for found in records] == [[1, 2], [1, 2]]
-    turns = {f"benchmark/target_mae/turn_{turn}" for turn in range(1, 7)}
-    assert turns <= set(records[0][0])
-    for one, two in zip(*records, strict=True):
-        for name in ("benchmark/target_mae", *turns):
-            assert one[name] == pytest.approx(two[name], abs=2e-3), name
-    assert records[0][0]["benchmark/target_mae"] != records[0][1]["benchmark/target_mae"], "the weights moved"
-    results = open_results(tmp_path / "two" / "benchmark" / "step_00000002")
+    runs.run(runs.small_config(shards, tmp_path / "one", *sliced(shards, few, "run.steps=2", "run.microbatches=2")))
+    runs.run(runs.small_config(shards, tmp_path / "two", *sliced(shards, few, "run.steps=1")), processes=2)
+    (first, second), (shared,) = told(tmp_path / "one"), told(tmp_path / "two")
+    names = ["benchmark/target_mae", *(f"benchmark/target_mae/turn_{turn}" for turn in range(1, 7))]
+    for name in names:
+        assert first[name] == pytest.approx(shared[name], abs=2e-3), name
+    assert first["benchmark/target_mae"] != second["benchmark/target_mae"], "the weights moved"
+    results = open_results(tmp_path / "two" / "benchmark" / "step_00000001")
     assert not_made(results) == {}
-    assert len(results.images()) == 5 + 2 + 1 + 6, "one of each category, and a chain of six turns"
+    assert len(results.images()) == 3 + 6
     assert (results.folder / "grid.png").stat().st_size > 1000
-    # the last step's weights, made again from the checkpoint
-    again = open_results(
-        made(tmp_path / "two", scenes, tmp_path / "again", "making.per_category=1", "making.at_once=4")
-    )
-    for case, seed in results.images()[:8]:
+    # the same weights, by kontext-evaluate from their checkpoint
+    again = open_results(made(tmp_path / "two", few, tmp_path / "again", "making.per_category=1", "making.at_once=4"))
+    for case, seed in results.images():
         assert abs(pixels(results.image(case.key, seed)) - pixels(again.image(case.key, seed))).max() <= 2, case.key
 
 
-def test_the_best_by_a_benchmarks_number_stays(shards: Path, scenes: Path, tmp_path: Path) -> None:
+def test_the_best_by_a_benchmarks_number_stays(shards: Path, few: Path, tmp_path: Path) -> None:
     best_by = ("checkpoint.keep_best=1", "checkpoint.best_by=benchmark/target_mae", "checkpoint.best_is=highest")
-    every = ("run.validate_every_steps=1", "run.save_every_steps=1", "checkpoint.keep_last=1")
-    config = runs.small_config(
-        shards,
-        tmp_path,
-        *sliced(shards, scenes, "run.steps=4", "evaluation.per_category=1", "optimizer.lr=0.1"),
-        *best_by,
-        *every,
-    )
+    every = ("run.save_every_steps=1", "checkpoint.keep_last=1", "run.steps=4", "optimizer.lr=0.1")
+    config = runs.small_config(shards, tmp_path, *sliced(shards, few), *best_by, *every)
     runs.run(config)
-    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "benchmark/target_mae" in r]
-    judged = {r["step"]: r["benchmark/target_mae"] for r in records}
+    judged = {r["step"]: r["benchmark/target_mae"] for r in told(tmp_path)}
     highest = max(judged, key=judged.__getitem__)
     assert highest not in (4, min(judged, key=judged.__getitem__)), judged
     kept = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path / "checkpoints")]
     assert kept == [highest, 4]
-    config.checkpoint.best_by = "benchmark/target_mse"
+    config.checkpoint.best_by, config.run.dir = "benchmark/target_mse", str(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"is not measured on evaluation\.benchmark\. Known: benchmark/untouched_mae"):
-        runs_in_place(config, tmp_path / "other")
-
-
-def runs_in_place(config: runs.TrainConfig, folder: Path) -> None:
-    config.run.dir = str(folder)
-    runs.train(config)
+        runs.train(config)
 
 
 @pytest.mark.parametrize(

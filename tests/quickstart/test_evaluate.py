@@ -98,7 +98,7 @@ def run_of(kind: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         return StandInModel(kind, read_benchmark(folder), Exact(folder).examples, 1)
 
     monkeypatch.setattr(evaluate, "load_trained", model)
-    monkeypatch.setattr(evaluate, "describe_model", lambda run, ema: {"stand_in": kind.value})
+    monkeypatch.setattr(evaluate, "describe_model", lambda run, ema: {"digest": kind.value})
     monkeypatch.setattr(evaluate, "training_figures", lambda run: {})
     return evaluate.evaluate(Path("run"), tmp_path / "out", samples=20, chains=4)
 

@@ -1,7 +1,7 @@
 """Can the text be read that was asked for. RapidOCR (PP-OCR on onnxruntime) has its models in its package."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -49,10 +49,21 @@ def expected_text(case: Case) -> str | None:
 
 def compared(wanted: str, lines: list[str]) -> dict[str, float]:
     """Against the run of lines that is nearest: other things in a picture may have text too."""
-    runs = [" ".join(lines[i:j]) for i in range(len(lines)) for j in range(i + 1, len(lines) + 1)]
+    runs = list(_runs(lines, 2 * len(wanted)))
     errors = [float(char_error_rate(run.lower(), wanted.lower())) for run in runs]
     found = any(_letters(wanted) in _letters(run) for run in runs)
     return {"text_found": float(found), "text_similarity": 1 - min([1.0, *errors])}
+
+
+def _runs(lines: list[str], most_characters: int) -> Iterator[str]:
+    """Every line, and lines in a row that are together not much longer than what is looked for."""
+    for i, line in enumerate(lines):
+        yield line
+        for j in range(i + 2, len(lines) + 1):
+            run = " ".join(lines[i:j])
+            if len(run) > most_characters:
+                break
+            yield run
 
 
 def _letters(text: str) -> str:
