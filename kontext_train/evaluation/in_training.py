@@ -19,7 +19,7 @@ from kontext_train.data.encode import Encoders
 from kontext_train.data.transforms import Transform, load_image
 from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.benchmark import Case, read_benchmark
+from kontext_train.evaluation.benchmark import Benchmark, Case, files_of, read_benchmark
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.make_images import request_seed, settings_of
 from kontext_train.evaluation.metrics.build import build_metrics
@@ -29,6 +29,7 @@ from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.training.pictures import save_grid
 
+GRID = "grid.png"
 SCALED_TO = 128  # pixels: smaller pictures are enlarged in the grid
 
 
@@ -61,6 +62,7 @@ class BenchmarkSlice:
         if world.is_main and best_by.startswith("benchmark/") and best_by.split("/turn_")[0] not in known:
             rule = f"is not measured on evaluation.benchmark. Known: {', '.join(known)}"
             raise ConfigError("checkpoint.best_by", best_by, rule, "Use one of them, or validation/loss")
+        _check_images(self.benchmark, transform)
         self.encoders, self.shift, self.transform = encoders, shift, transform
         self.guidance_embed, self.world, self.folder = guidance_embed, world, run_dir / "benchmark"
 
@@ -74,7 +76,7 @@ class BenchmarkSlice:
         return found[0]
 
     def picture(self, step: int) -> Path:
-        return self._place(step) / "grid.png"
+        return self._place(step) / GRID
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -94,7 +96,7 @@ class BenchmarkSlice:
         if case.turn > 1:
             contexts = [images[case.before]]
         else:
-            contexts = [torch.from_numpy(load_image(file, self.transform)).permute(2, 0, 1) for file in case.contexts]
+            contexts = [_pixels(file, self.transform) for file in case.contexts]
         height, width = contexts[0].shape[1:] if contexts else (self.making.height, self.making.width)
         seed = request_seed(case.key, 0)
         return Request(case.instruction, contexts, case.height or height, case.width or width, seed)
@@ -126,24 +128,7 @@ class BenchmarkSlice:
 
     def _score(self, images: dict[str, Tensor], step: int) -> dict[str, float]:
         out = self._place(step)
-        shutil.rmtree(out, ignore_errors=True)  # of a run that went back behind this step
-        model = {"run": str(self.folder.parent), "step": step}
-        settings = settings_of(out.name, model, self.benchmark, self.making)
-        claim(out, settings, {"seeds": 1, "per_category": self.making.per_category})
-        rows = []
-        for case in self.benchmark:
-            file = image_file(out, case.key, 0)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image_HWC = np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())
-            Image.fromarray(image_HWC).save(file)
-            record = {"key": case.key, "instruction": case.instruction, "sampler": asdict(self.making.sampler)}
-            write_json(file.with_suffix(".json"), record | {"latency_s": None, "error": None})
-            shown = [load_image(f, self.transform) for f in [*case.contexts, *([case.target] if case.target else [])]]
-            pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in shown]
-            pictures.insert(len(case.contexts), images[case.key])
-            rows.append((f"{case.key}: {case.instruction}", pictures))
-        smallest = max(image.shape[1] for image in images.values())
-        save_grid(self.picture(step), rows, scale=max(1, SCALED_TO // smallest))
+        self._write(images, out, step)
         found = {}
         for number, estimates in score(open_results(out), self.metrics)["numbers"].items():
             for category, estimate in estimates["categories"].items():
@@ -154,3 +139,43 @@ class BenchmarkSlice:
             if estimates["failed"]:
                 found[f"benchmark/{number}/failed"] = float(len(estimates["failed"]))
         return found
+
+    def _write(self, images: dict[str, Tensor], out: Path, step: int) -> None:
+        """A result folder, and all its images as one picture."""
+        shutil.rmtree(out, ignore_errors=True)  # of a run that went back behind this step
+        model = {"run": str(self.folder.parent), "step": step}
+        settings = settings_of(out.name, model, self.benchmark, self.making)
+        claim(out, settings, {"seeds": 1, "per_category": self.making.per_category})
+        rows = []
+        for case in self.benchmark:
+            file = image_file(out, case.key, 0)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())).save(file)
+            record = {"key": case.key, "category": case.category, "instruction": case.instruction, "seed": 0}
+            record |= {"request_seed": request_seed(case.key, 0), "sampler": asdict(self.making.sampler)}
+            write_json(file.with_suffix(".json"), record | {"latency_s": None, "error": None})
+            truth = [] if case.target is None else [case.target]
+            contexts, truths = ([_pixels(f, self.transform) for f in files] for files in (case.contexts, truth))
+            rows.append((f"{case.key}: {case.instruction}", [*contexts, images[case.key], *truths]))
+        tallest = max(image.shape[1] for image in images.values())
+        save_grid(out / GRID, rows, scale=max(1, SCALED_TO // tallest))
+
+
+def _pixels(file: Path, transform: Transform) -> Tensor:
+    """[3, H, W] uint8, as the run sees images."""
+    return torch.from_numpy(load_image(file, transform)).permute(2, 0, 1)
+
+
+def _check_images(benchmark: Benchmark, transform: Transform) -> None:
+    """Before training, what a validation would stop at."""
+    for file in sorted(files_of(benchmark)):
+        try:
+            load_image(file, transform)
+        except ValueError as error:
+            raise ConfigError(
+                "evaluation.benchmark", str(file), str(error), "Replace it, or remove its line"
+            ) from error
+    for case in benchmark:
+        if (case.height or 0) % transform.multiple or (case.width or 0) % transform.multiple:
+            rule = f"has sides that are no multiples of {transform.multiple}, the pixels of a token"
+            raise ConfigError("evaluation.benchmark", case.key, rule, "Round its height and width")

@@ -1,7 +1,8 @@
 """Measures the images of a result folder, and sums up.
 
 What is measured is kept, scores/METRIC.json, by image; a later call measures only what is new or failed, unless the
-metric's model is another. summary.json holds every number by category with its interval, and names what is missing.
+metric's model is another. sets/METRIC.json is of all images together. summary.json holds every number by category with
+its interval, and names what is missing.
 """
 
 import json
@@ -31,10 +32,12 @@ def score(
     missing = not_made(results)
     for metric in metrics:
         _measure(results, metric, missing)
-    sets: dict[str, dict[str, Any]] = {}
     for set_metric in set_metrics:
-        sets |= _compare(results, set_metric, missing, references)
-    summary = summarise(results, sets)
+        numbers = _compare(results, set_metric, missing, references)
+        write_json(
+            results.folder / "sets" / f"{set_metric.name}.json", {"of": _made(results, missing), "numbers": numbers}
+        )
+    summary = summarise(results)
     write_json(results.folder / SUMMARY, summary)
     return summary
 
@@ -46,6 +49,23 @@ def scores_file(results: Results, name: str) -> Path:
 def read_scores(results: Results) -> dict[str, dict[str, Any]]:
     """All that was measured, by metric."""
     return {f.stem: json.loads(f.read_text()) for f in sorted((results.folder / "scores").glob("*.json"))}
+
+
+def _made(results: Results, missing: dict[str, str]) -> list[str]:
+    """What sets are of: all single edits that are there, not turns of chains."""
+    names = (image_id(case.key, seed) for case, seed in results.images() if not case.turn)
+    return [name for name in names if name not in missing]
+
+
+def _read_sets(results: Results) -> dict[str, dict[str, Any]]:
+    """Comparisons of sets, of the images that are there now."""
+    now = _made(results, not_made(results))
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted((results.folder / "sets").glob("*.json")):
+        measured = json.loads(file.read_text())
+        if measured["of"] == now:
+            found |= measured["numbers"]
+    return found
 
 
 def _measure(results: Results, metric: Metric, missing: dict[str, str]) -> None:
@@ -84,8 +104,8 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str]) -> None:
 def _compare(
     results: Results, metric: SetMetric, missing: dict[str, str], references: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Over all pairs, not over turns of chains."""
-    pairs = [(c, s) for c, s in results.images() if not c.turn and image_id(c.key, s) not in missing]
+    wanted = set(_made(results, missing))
+    pairs = [(case, seed) for case, seed in results.images() if image_id(case.key, seed) in wanted]
     if references is not None:
         real_files = sorted(f for f in Path(references).iterdir() if f.suffix.lower() in IMAGES)
     else:
@@ -123,7 +143,7 @@ def _compare(
     return found
 
 
-def summarise(results: Results, sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(results: Results) -> dict[str, Any]:
     """Every number by category, and over all pairs ("all"). Turns of chains are categories of their own."""
     cases = {image_id(case.key, seed): case for case, seed in results.images()}
     numbers: dict[str, Any] = {}
@@ -143,14 +163,13 @@ def summarise(results: Results, sets: dict[str, dict[str, Any]]) -> dict[str, An
                 "failed": {image: why for image, why in scores["failed"].items() if image in cases},
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
+    numbers |= _read_sets(results)
     return {
         "name": results.name,
         "settings": results.settings,
         "asked": len(cases),
         "not_made": not_made(results),
-        "numbers": {
-            number: found for number, found in (numbers | sets).items() if found["categories"] or found["failed"]
-        },
+        "numbers": {number: found for number, found in numbers.items() if found["categories"] or found["failed"]},
         "latency": latency(results),
     }
 

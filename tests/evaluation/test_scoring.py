@@ -128,6 +128,9 @@ def test_sets_are_compared_with_references_or_refused(results: Results) -> None:
     found = score(results, [], [Mean()], str(references))["numbers"]["apart"]
     assert found["categories"]["all"]["n"] == 8, "turns of chains are no sample of images"
     assert "against 9 real images" in found["about"]
+    assert "apart" in score(results, [Told(number)])["numbers"], "a later score of something else keeps it"
+    results.image("0000", 0).unlink()
+    assert "apart" not in score(results, [])["numbers"], "but not once it is of other images"
     (references / "z.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"z\.png cannot be decoded"):
         score(results, [], [Mean()], str(references))

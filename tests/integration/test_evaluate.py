@@ -1,6 +1,7 @@
 """kontext-evaluate on real checkpoints, and slices of a benchmark made while a model trains."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,15 @@ def test_the_best_by_a_benchmarks_number_stays(shards: Path, few: Path, tmp_path
     config.checkpoint.best_by, config.run.dir = "benchmark/target_mse", str(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"is not measured on evaluation\.benchmark\. Known: benchmark/untouched_mae"):
         runs.train(config)
+
+
+def test_a_slice_that_cannot_be_read_is_refused_before_training(shards: Path, few: Path, tmp_path: Path) -> None:
+    shutil.copytree(few, tmp_path / "few")
+    (tmp_path / "few" / "images" / "recolour_0000.0.png").write_bytes(b"no picture")
+    config = runs.small_config(shards, tmp_path / "run", *sliced(shards, tmp_path / "few", "run.steps=1"))
+    with pytest.raises(ConfigError, match=r"evaluation\.benchmark='.*recolour_0000\.0\.png': .* cannot be decoded"):
+        runs.train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
