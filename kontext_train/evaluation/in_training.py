@@ -93,10 +93,7 @@ class BenchmarkSlice:
         return images
 
     def _request(self, case: Case, images: dict[str, Tensor]) -> Request:
-        if case.turn > 1:
-            contexts = [images[case.before]]
-        else:
-            contexts = [_pixels(file, self.transform) for file in case.contexts]
+        contexts = [images[case.before]] if case.turn > 1 else [_pixels(f, self.transform) for f in case.contexts]
         height, width = contexts[0].shape[1:] if contexts else (self.making.height, self.making.width)
         seed = request_seed(case.key, 0)
         return Request(case.instruction, contexts, case.height or height, case.width or width, seed)
