@@ -157,6 +157,7 @@ def told(folder: Path) -> list[dict[str, float]]:
     return [r for r in read_metrics(folder / "metrics.jsonl") if "benchmark/target_mae" in r]
 
 
+@pytest.mark.slow
 def test_a_slice_is_made_and_measured_at_each_validation(shards: Path, few: Path, tmp_path: Path) -> None:
     """And is the same whether one process makes it or two do."""
     runs.run(runs.small_config(shards, tmp_path / "one", *sliced(shards, few, "run.steps=2", "run.microbatches=2")))
