@@ -18,7 +18,7 @@ from kontext_train.errors import ConfigError, StorageError
 from kontext_train.training.checkpoint import complete_checkpoints, find_resume, newest_whole
 from kontext_train.training.checkpoint_files import damage, place
 from kontext_train.training.checkpoint_saver import HostCopies, Saver, kept
-from kontext_train.training.config import CheckpointConfig
+from kontext_train.training.config import Best, CheckpointConfig
 from tests.runs import in_processes
 from tests.servers import BUCKET, s3_server
 from tests.training.tiny_run import TinyRun, tiny_run
@@ -263,6 +263,7 @@ def test_what_is_kept() -> None:
     assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_every_steps=4)) == {4, 8, 10}
     assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_best=2)) == {3, 5, 10}
     assert kept(steps, {}, 10, CheckpointConfig(keep_last=1, keep_best=2)) == {10}
+    assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_best=2, best_is=Best.highest)) == {1, 7, 10}
     assert kept(steps, losses, 6, CheckpointConfig(keep_last=2)) == {5, 6}, "newer ones were gone back behind"
 
 
