@@ -5,6 +5,7 @@ write their shards; when all are done, rank 0 puts record, checksums and, last, 
 go. One save is under way at a time.
 """
 
+import math
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from kontext_train.errors import ConfigError, StorageError
 from kontext_train.training.checkpoint import checkpoint_path, complete_checkpoints, read_record, step_of
-from kontext_train.training.checkpoint_files import Checksum, complete, put, remove, storage_writer
+from kontext_train.training.checkpoint_files import Checksum, complete, put, record_is_whole, remove, storage_writer
 from kontext_train.training.config import Best, CheckpointConfig
 
 _WRITE_TIMEOUT = timedelta(days=1)  # a slow disk is no hang: the watchdog sees ranks that die or freeze
@@ -218,11 +219,14 @@ def _shards_first(checksums: dict[str, Checksum]) -> dict[str, Checksum]:
 
 def _prune(folder: Path, now: int, config: CheckpointConfig) -> None:
     found = {step_of(path): path for path in complete_checkpoints(folder)}
-    numbers = {}
-    if config.keep_best:
-        numbers = {step: (read_record(path).get(VALIDATED) or {}).get(config.best_by) for step, path in found.items()}
+    numbers = {step: _number(path, config.best_by) for step, path in found.items()} if config.keep_best else {}
     for step in found.keys() - kept(list(found), numbers, now, config):
         remove(found[step])
+
+
+def _number(path: Path, name: str) -> float | None:
+    """Of a checkpoint's validation; None of one that had none, or whose record is damaged."""
+    return (read_record(path).get(VALIDATED) or {}).get(name) if record_is_whole(path) else None
 
 
 def kept(steps: list[int], numbers: Mapping[int, float | None], now: int, config: CheckpointConfig) -> set[int]:
@@ -232,7 +236,8 @@ def kept(steps: list[int], numbers: Mapping[int, float | None], now: int, config
     """
     past = sorted(step for step in steps if step <= now)
     sign = -1 if config.best_is is Best.highest else 1
-    judged = sorted((sign * number, step) for step in past if (number := numbers.get(step)) is not None)
+    known = ((step, number) for step in past if (number := numbers.get(step)) is not None)
+    judged = sorted((sign * number, step) for step, number in known if math.isfinite(number))
     best = {step for _, step in judged[: config.keep_best]}
     milestones = {step for step in past if config.keep_every_steps and step % config.keep_every_steps == 0}
     return set(past[-config.keep_last :]) | best | milestones
