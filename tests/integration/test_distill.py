@@ -66,7 +66,7 @@ def test_two_processes_equal_one(edits: Path, teacher: Path, tmp_path: Path, sta
     assert largest_difference(weights(tmp_path / "half"), weights(tmp_path / "one")) > 1e-4  # the control
 
 
-@STAGES
+@pytest.mark.parametrize("stage", [pytest.param(GUIDANCE, marks=pytest.mark.slow), LADD], ids=["guidance", "ladd"])
 def test_resumed_is_bitwise_the_same(edits: Path, teacher: Path, tmp_path: Path, stage: tuple[str, ...]) -> None:
     """Weights, averages and discriminator; the warm-up of LADD's times ends in the second session."""
     run(distillation(edits, teacher, tmp_path / "straight", *stage))
