@@ -211,13 +211,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     places = Counter(
         example.target.cells().index((t.row, t.column)) for example in things for t in example.target.things
     )
+    edit_accuracy = edits_right(teacher, edits, replace(plain, steps=28))
     errors = guidance_errors(teacher, load_trained(arguments.dev), edits[: count // 4])
     dev_error, unguided_error = np.mean(list(errors.values()), axis=0).tolist()
     summary: dict[str, object] = {
         "teacher": {str(n): results["teacher", n].accuracy for n in TEACHER_STEPS},
         "student": {str(n): results["student", n].accuracy for n in STUDENT_STEPS},
         "regression_student": max(results["regression", n].accuracy for n in STUDENT_STEPS),
-        "edit_accuracy_teacher": edits_right(teacher, edits, replace(plain, steps=28)),
+        "edit_accuracy_teacher": edit_accuracy,
         "edit_accuracy_student": edits_right(student, edits, replace(plain, steps=steps)),
         "position_entropy_ratio": results["student", steps].entropy / Result(count, count, places).entropy,
         "dev_guidance_error": dev_error,
@@ -235,6 +236,7 @@ def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) ->
     """Mean absolute difference, pictures in [0, 1], to what guidance makes at each of SCALES: of dev, told the scale,
     and of no guidance. The same noise for all.
     """
+    teacher.shift = dev.shift
     unguided = generate(teacher, edits, SamplerConfig(steps=8))
     errors = {}
     for scale in SCALES:
