@@ -28,6 +28,8 @@ from kontext_train.models.config import (
 from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
 from kontext_train.training.config import (
     CheckpointConfig,
+    DiscriminatorOptimizerConfig,
+    DiscriminatorScheduleConfig,
     EMAConfig,
     HealthConfig,
     LoggingConfig,
@@ -47,6 +49,11 @@ class WeightsConfig:
 
     student: str | None = None  # a released file, a diffusers folder or an export; none starts from random weights
     guidance_in: GuidanceIn = GuidanceIn.require  # whether the student's guidance embedding is the file's
+    # Frozen networks of the student's shape, for the stages that have such a role. Whether they embed guidance, their
+    # files say. No checkpoint holds them.
+    teacher: str | None = None
+    reference: str | None = None
+    frozen_dtype: Precision = Precision.bfloat16  # in which they are kept
 
 
 @dataclass(slots=True)
@@ -61,6 +68,8 @@ class TrainConfig:
     flow: ShiftConfig = field(default_factory=ShiftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    discriminator_optimizer: DiscriminatorOptimizerConfig = field(default_factory=DiscriminatorOptimizerConfig)
+    discriminator_schedule: DiscriminatorScheduleConfig = field(default_factory=DiscriminatorScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -69,6 +78,8 @@ class TrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
 
+
+ROLES = ("teacher", "reference")  # that a stage may have beside what it trains
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig}
 
@@ -164,9 +175,11 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     if config.profiler.steps and (outside or not config.profiler.ranks):
         rule = f"must be some of the ranks 0 to {world_size - 1}"
         raise ConfigError("profiler.ranks", config.profiler.ranks, rule, "Use [0]")
-    if config.schedule.warmup_steps > config.run.steps:
-        rule = f"must not exceed run.steps={config.run.steps}"
-        raise ConfigError("schedule.warmup_steps", config.schedule.warmup_steps, rule, "Lower it")
+    for schedule in (config.schedule, config.discriminator_schedule):
+        if schedule.warmup_steps > config.run.steps and (schedule is config.schedule or trains_discriminator(config)):
+            rule = f"must not exceed run.steps={config.run.steps}"
+            raise ConfigError(f"{schedule.key}.warmup_steps", schedule.warmup_steps, rule, "Lower it")
+    _check_roles(config)
     _check_keeping(config)
 
 
@@ -183,8 +196,13 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
-    if config.weights.student is not None and not Path(config.weights.student).exists():
-        raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
+    for role in ("student", *ROLES):
+        if (given := getattr(config.weights, role)) is not None and not Path(given).exists():
+            raise ConfigError(f"weights.{role}", given, "must exist", "Give a safetensors file or folder")
+    for role in config.objective.frozen:
+        if getattr(config.weights, role) is None:
+            rule = f"must be given: this stage learns from a frozen {role}"
+            raise ConfigError(f"weights.{role}", None, rule, "Give a safetensors file or folder")
     if config.lora.rank and config.weights.student is None:
         rule = "must be given, because lora.rank > 0 adapts weights that exist"
         raise ConfigError("weights.student", None, rule, "Give a safetensors file, or set lora.rank=0")
@@ -206,6 +224,26 @@ def _check_guidance_in(config: TrainConfig) -> None:
         rule = f"contradicts model.guidance_embed={str(embeds).lower()}"
         hint = f"Set model.guidance_embed={str(not embeds).lower()}, or weights.guidance_in=require"
         raise ConfigError("weights.guidance_in", choice.value, rule, hint)
+
+
+def _check_roles(config: TrainConfig) -> None:
+    """Options of roles that the stage has not."""
+    for role in ROLES:
+        if role not in config.objective.frozen and (given := getattr(config.weights, role)) is not None:
+            raise ConfigError(f"weights.{role}", given, f"has no effect: this stage has no {role}", "Leave it out")
+    if not config.objective.frozen and config.weights.frozen_dtype is not WeightsConfig().frozen_dtype:
+        given = config.weights.frozen_dtype.value
+        raise ConfigError("weights.frozen_dtype", given, "has no effect: this stage has no frozen role", "Leave it out")
+    if not trains_discriminator(config):
+        for options in (config.discriminator_optimizer, config.discriminator_schedule):
+            given, defaults = _plain(asdict(options)), _plain(asdict(type(options)()))
+            for name in (name for name in given if given[name] != defaults[name]):
+                rule = "has no effect: this stage trains no discriminator"
+                raise ConfigError(f"{options.key}.{name}", given[name], rule, "Leave it out")
+
+
+def trains_discriminator(config: TrainConfig) -> bool:
+    return "discriminator" in config.objective.trained
 
 
 def _check_lora(config: TrainConfig) -> None:

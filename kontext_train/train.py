@@ -128,6 +128,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.training.health import Health
     from kontext_train.training.heartbeat import heartbeat
     from kontext_train.training.metrics import RunLog
+    from kontext_train.training.networks import frozen_network
     from kontext_train.training.optimizer import PhaseOptimizer
     from kontext_train.training.profiling import Profiler
     from kontext_train.training.run_folder import record_start
@@ -165,6 +166,9 @@ def train(config: TrainConfig) -> None:
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
+    sources_of = {role: getattr(config.weights, role) for role in config.objective.frozen}
+    if sources_of:  # nor do they hold these
+        record["frozen"] = {role: base_digest(path, f"weights.{role}") for role, path in sources_of.items()}
     folder = Path(config.run.dir)
     check_hardware(config.parallel)
     backend = usable_backend(
@@ -227,16 +231,22 @@ def train(config: TrainConfig) -> None:
         else:
             initialise(student, config.model.init, config.run.seed)
         initialise_adapters(student, config.run.seed)
+        dtype = config.weights.frozen_dtype
+        frozen = {
+            role: frozen_network(role, path, config.model, config.parallel, dtype, attention, world, static_tokens)
+            for role, path in sources_of.items()
+        }
 
         # Training.
-        objective = build_objective(config.objective, student, config.model, config.flow)
+        objective = build_objective(config.objective, {"student": student, **frozen}, config.model, config.flow)
+        turns = {"student": (config.optimizer, config.schedule)}
         trainer = Trainer(
             config.run,
-            config.schedule,
+            {phase: turns[phase][1] for phase in objective.phases},
             world,
             watch,
             objective,
-            {p: PhaseOptimizer(objective.modules[p], config.optimizer, config.run.seed) for p in objective.phases},
+            {p: PhaseOptimizer(objective.modules[p], turns[p][0], config.run.seed) for p in objective.phases},
             EMA(student, config.ema.half_life_images) if config.ema.half_life_images else None,
             encoders,
             flops,

@@ -1,8 +1,8 @@
 """The loop. Every stage runs through it: step -> phases -> microbatches -> clip -> update -> EMA, then what is due."""
 
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,37 @@ def trained_share(module: nn.Module) -> float:
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 
 
+@contextmanager
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, gradients pass through these modules and stay in none of their parameters.
+
+    Gathered weights are freed on the way in and out: FSDP takes over `requires_grad` when it gathers, and what a
+    forward pass without gradients left gathered would train no more.
+    """
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def train(on: bool) -> None:
+        for module in modules:
+            reshard(module)
+        for parameter in trained:
+            parameter.requires_grad_(on)
+
+    train(False)
+    try:
+        yield
+    finally:
+        train(True)
+
+
 class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        schedule: ScheduleConfig,
+        schedules: dict[str, ScheduleConfig],  # by phase, as the optimizers
         world: World,
         watch: Watch,
         objective: Objective,
-        optimizers: dict[str, PhaseOptimizer],  # by phase
+        optimizers: dict[str, PhaseOptimizer],
         ema: EMA | None,
         encoders: Encoders,
         flops: ForwardFlops,
@@ -90,14 +112,15 @@ class Trainer:
         record: dict[str, Any],
     ) -> None:
         """record: what every checkpoint notes besides step and position (composed config, digests)."""
-        self.config, self.schedule, self.world, self.watch = config, schedule, world, watch
+        self.config, self.schedules, self.world, self.watch = config, schedules, world, watch
         self.objective, self.optimizers, self.ema = objective, optimizers, ema
         self.encoders, self.flops, self.bad, self.record = encoders, flops, bad, record
         self.health, self.saver = health, saver
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
-        self.passes = 2 + trained_share(objective.modules["student"])  # forward, gradients of inputs, of weights
+        # forward, gradients of inputs, of weights
+        self.passes = 2 + trained_share(objective.modules["student"]) + objective.extra_passes
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -199,19 +222,22 @@ class Trainer:
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
         optimizer = self.optimizers[phase]
         self.at(f"{phase} forward and backward")
-        optimizer.zero()
+        for each in self.optimizers.values():  # of all: no phase keeps another's gradients in memory
+            each.zero()
         metrics: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        for batch in batches:
-            loss = self.objective.loss(phase, batch, self.random)
-            loss.value.backward()
-            losses.append(loss.value.detach())
-            metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        others = [module for role, module in self.objective.modules.items() if role != phase]
+        with frozen(others):
+            for batch in batches:
+                loss = self.objective.loss(phase, batch, self.random)
+                loss.value.backward()
+                losses.append(loss.value.detach())
+                metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         self.at(f"{phase} update")
         norm = optimizer.clip()
         if self.health.stability.accepts(self.step, phase, losses, norm, [batch.keys for batch in batches]):
             with self.health.stragglers.timed("update"):
-                optimizer.step(lr_factor(self.step, self.config.steps, self.schedule))
+                optimizer.step(lr_factor(self.step, self.config.steps, self.schedules[phase]))
         return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.dp_size}  # summed over packs: the norm
 
     # -- seeing --------------------------------------------------------------------------------------------------
@@ -232,8 +258,9 @@ class Trainer:
         everywhere = sum_over_ranks(window.sums | local, self.world.device)
         total = {k: v / self.world.cp for k, v in everywhere.items()}  # ranks of one cp group had the same packs
         losses = {k: total[k] / window.steps for k in window.sums}
+        factors = {p: lr_factor(self.step - 1, self.config.steps, schedule) for p, schedule in self.schedules.items()}
         return losses | {
-            "lr_factor": lr_factor(self.step - 1, self.config.steps, self.schedule),
+            **{"lr_factor" if phase == "student" else f"{phase}/lr_factor": f for phase, f in factors.items()},
             "samples": float(window.samples),
             "bad_samples": float(self.bad.count),
             "seconds": wall,

@@ -221,11 +221,12 @@ def load_trained(
     model = load_model(path, config, ema, attention_function(backend))
     encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))
     side = encoders_config.pixels_per_token()
+    data = config["data"] | {"sources": {}}  # plain values are no sources, and no shards are read
     return Trained(
         model=model.to(device, dtype).requires_grad_(False).eval(),
         pixels_per_token=side,
         encoders=load_encoders(encoders_config, device),
         shift=section(ShiftConfig, config["flow"]),
-        transform=replace(Transform.of(section(DataConfig, config["data"]), side, seed=0), crop=Crop.center),
+        transform=replace(Transform.of(section(DataConfig, data), side, seed=0), crop=Crop.center),
         device=device,
     )

@@ -140,16 +140,16 @@ def merged(name: str, value: Tensor, adapters: Mapping[str, Tensor], config: Lor
     return torch.addmm(value, adapters[linear + UP], adapters[linear + DOWN].t(), alpha=config.scale)
 
 
-def base_digest(path: str | Path) -> str:
+def base_digest(path: str | Path, key: str = "weights.student") -> str:
     """Of the weights that a frozen network comes from: names, shapes, and the first rows of every tensor.
 
     Reads some 0.1 % of a 12B file. A change that leaves the first rows of every tensor as they were goes unseen.
-    ConfigError if there are none.
+    ConfigError naming `key` if there are none.
     """
     try:
         stored = StoredTensors(path)
     except ValueError as error:
-        raise ConfigError("weights.student", str(path), "must be weights to adapt", str(error)) from error
+        raise ConfigError(key, str(path), "must be the weights of a network", str(error)) from error
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(stored.names()):
         shape = stored.shape(name)

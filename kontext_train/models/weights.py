@@ -96,7 +96,7 @@ class StoredParameters:
     def __init__(self, model: Flux, path: str | Path, guidance_in: GuidanceIn = GuidanceIn.require) -> None:
         self._stored = StoredTensors(path)
         names = self._stored.names()
-        embedder = {name for name in names if name.startswith(("guidance_in.", "time_text_embed.guidance_embedder."))}
+        embedder = _embedder(names)
         _check_guidance(path, guidance_in, in_file=bool(embedder), in_model=model.guidance_in is not None)
         parameters = dict(model.named_parameters())
         wanted = {name: parameters[name] for name in base_names(parameters)}
@@ -128,6 +128,15 @@ class StoredParameters:
         rows = self._stored.rows(piece.name, piece.start, piece.stop)
         scale = scale_name(piece.name)
         return rows.float() * self._stored.scalar(scale) if scale in self._stored else rows
+
+
+def embeds_guidance(path: str | Path) -> bool:
+    """Whether the file's network has a guidance embedding. Raises ValueError if there are no weights."""
+    return bool(_embedder(StoredTensors(path).names()))
+
+
+def _embedder(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(("guidance_in.", "time_text_embed.guidance_embedder."))}
 
 
 def _check_guidance(path: str | Path, choice: GuidanceIn, *, in_file: bool, in_model: bool) -> None:

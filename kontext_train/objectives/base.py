@@ -26,5 +26,6 @@ class Objective(Protocol):
 
     modules: dict[str, nn.Module]  # role -> sharded module
     phases: tuple[str, ...]  # roles, in the order in which they take their turn within a step
+    extra_passes: float  # cost of a step beside the student's forward and backward, in forward passes of the student
 
     def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss: ...

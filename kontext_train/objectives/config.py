@@ -1,6 +1,7 @@
 """Choices of this room. Torch-free."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kontext_train.errors import ConfigError
 
@@ -8,6 +9,9 @@ from kontext_train.errors import ConfigError
 @dataclass(slots=True)
 class ObjectiveConfig:
     """Base of every stage's options; a stage's YAML picks the class."""
+
+    trained: ClassVar[tuple[str, ...]] = ("student",)
+    frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ class FlowMatching:
     """loss = E ‖v_θ(z_t, t, context, text) − (ε − x)‖², the mean over samples of each sample's mean over its tokens."""
 
     phases: tuple[str, ...] = ("student",)
+    extra_passes = 0.0
 
     def __init__(self, student: nn.Module, shift: ShiftConfig, guidance: float | None) -> None:
         """guidance: told to a student with a guidance embedding; None for one without."""

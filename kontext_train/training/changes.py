@@ -21,6 +21,8 @@ FREE = (
     "health.max_rollbacks",
     "profiler.*",
     "weights.student",
+    "weights.teacher",
+    "weights.reference",
     "validation.*",
     "data.validation",
     "data.train",
@@ -59,6 +61,10 @@ def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
     if saved.get("base") != now.get("base"):
         given, rule = now["config"]["weights"]["student"], f"holds other weights than those that {path} adapts"
         raise ConfigError("weights.student", given, rule, "Give the file that the run began with, wherever it is now")
+    for role, digest in now.get("frozen", {}).items():
+        if saved.get("frozen", {}).get(role) != digest:
+            given, rule = now["config"]["weights"][role], f"holds other weights than those that {path} learned from"
+            raise ConfigError(f"weights.{role}", given, rule, "Give the file that the run began with")
     if refused := [key for key in changed if not _within(key, allowed)]:
         rule = f"does not name all that changed since {path}: {listed}"
         hint = f"Restore them, or say run.allow_changes=[{','.join([*allowed, *refused])}]"

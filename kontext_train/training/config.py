@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig
@@ -32,6 +33,8 @@ class Wandb(Enum):
 
 @dataclass(slots=True)
 class OptimizerConfig:
+    key: ClassVar[str] = "optimizer"
+
     name: OptimizerName = OptimizerName.adamw
     lr: float = 1e-5  # AdamW's
     betas: tuple[float, float] = (0.9, 0.95)
@@ -46,7 +49,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for key in ("lr", "eps", "max_grad_norm", "muon_lr"):
             if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"optimizer.{key}", getattr(self, key), "must be positive", "Give a value above 0")
+                raise ConfigError(f"{self.key}.{key}", getattr(self, key), "must be positive", "Give a value above 0")
         for key, momentum in (
             ("betas", self.betas[0]),
             ("betas", self.betas[1]),
@@ -54,17 +57,19 @@ class OptimizerConfig:
         ):
             if not 0 <= momentum < 1:
                 rule = "must be at least 0 and below 1"
-                raise ConfigError(f"optimizer.{key}", getattr(self, key), rule, "For example 0.95")
+                raise ConfigError(f"{self.key}.{key}", getattr(self, key), rule, "For example 0.95")
         if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError("optimizer.weight_decay", self.weight_decay, "must not be negative", "0 is no decay")
+            raise ConfigError(f"{self.key}.weight_decay", self.weight_decay, "must not be negative", "0 is no decay")
         if self.moments is MomentDtype.int8 and self.name is OptimizerName.muon:
             rule = "is for AdamW, and Muon has one momentum, which its orthogonalisation needs finer"
-            raise ConfigError("optimizer.moments", "int8", rule, "Use optimizer.name=adamw, or moments=float32")
+            raise ConfigError(f"{self.key}.moments", "int8", rule, f"Use {self.key}.name=adamw, or moments=float32")
 
 
 @dataclass(slots=True)
 class ScheduleConfig:
     """Learning rate over the run, as a factor of the peak."""
+
+    key: ClassVar[str] = "schedule"
 
     name: ScheduleName = ScheduleName.constant
     warmup_steps: int = 100
@@ -72,9 +77,24 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ConfigError("schedule.warmup_steps", self.warmup_steps, "must not be negative", "0 is no warm-up")
+            raise ConfigError(f"{self.key}.warmup_steps", self.warmup_steps, "must not be negative", "0 is no warm-up")
         if not 0 <= self.final_factor <= 1:
-            raise ConfigError("schedule.final_factor", self.final_factor, "must be from 0 to 1", "0 ends at no rate")
+            raise ConfigError(f"{self.key}.final_factor", self.final_factor, "must be from 0 to 1", "0 ends at no rate")
+
+
+@dataclass(slots=True)
+class DiscriminatorOptimizerConfig(OptimizerConfig):
+    """The same options for the phase that trains a discriminator, with no memory of where the student was."""
+
+    key: ClassVar[str] = "discriminator_optimizer"
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.99)
+
+
+@dataclass(slots=True)
+class DiscriminatorScheduleConfig(ScheduleConfig):
+    key: ClassVar[str] = "discriminator_schedule"
 
 
 @dataclass(slots=True)
