@@ -25,7 +25,8 @@ from kontext_train.models.config import (
     block_linears,
     lora_targets,
 )
-from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig
+from kontext_train.objectives.concept_list import read_concepts
+from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig, SafetyConfig
 from kontext_train.training.config import (
     CheckpointConfig,
     DiscriminatorOptimizerConfig,
@@ -81,7 +82,7 @@ class TrainConfig:
 
 ROLES = ("teacher", "reference")  # that a stage may have beside what it trains
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig, "safety": SafetyConfig}
 
 
 def register_schemas() -> None:
@@ -180,6 +181,9 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
             rule = f"must not exceed run.steps={config.run.steps}"
             raise ConfigError(f"{schedule.key}.warmup_steps", schedule.warmup_steps, rule, "Lower it")
     _check_roles(config)
+    if isinstance(config.objective, SafetyConfig) and config.parallel.cp > 1:
+        rule = "gives each rank a share of the conditioning's gradient, and stage=safety attacks along the whole of it"
+        raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use parallel.cp=1")
     _check_keeping(config)
 
 
@@ -203,6 +207,8 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.weights, role) is None:
             rule = f"must be given: this stage learns from a frozen {role}"
             raise ConfigError(f"weights.{role}", None, rule, "Give a safetensors file or folder")
+    if isinstance(config.objective, SafetyConfig):
+        read_concepts(config.objective.concepts)
     if config.lora.rank and config.weights.student is None:
         rule = "must be given, because lora.rank > 0 adapts weights that exist"
         raise ConfigError("weights.student", None, rule, "Give a safetensors file, or set lora.rank=0")

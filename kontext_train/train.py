@@ -106,6 +106,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, plan_digest
     from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
+    from kontext_train.data.transforms import Transform
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.float8 import check_hardware
     from kontext_train.distributed.memory import record_history
@@ -162,7 +163,8 @@ def train(config: TrainConfig) -> None:
         sources = [*sources, its_source]
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
-    needs_text = not all_stored or (held_out is not None and config.validation.pictures > 0)
+    draws = held_out is not None and config.validation.pictures > 0
+    needs_text = not all_stored or draws or config.objective.encodes_text
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
@@ -238,7 +240,15 @@ def train(config: TrainConfig) -> None:
         }
 
         # Training.
-        objective = build_objective(config.objective, {"student": student, **frozen}, config.model, config.flow)
+        objective = build_objective(
+            config.objective,
+            {"student": student, **frozen},
+            config.model,
+            config.flow,
+            encoders,
+            Transform.of(config.data, pixels_per_token, config.run.seed),
+            world.device,
+        )
         turns = {"student": (config.optimizer, config.schedule)}
         trainer = Trainer(
             config.run,

@@ -17,12 +17,11 @@ class Concept:
     prompt: str
     anchor: str | None  # what is made instead; None: away from the concept
     context: tuple[Path, ...]  # images to be edited or referred to; none is text-to-image
-    height: int | None  # pixels; None: of the first context
-    width: int | None
+    size: tuple[int, int] | None  # height and width in pixels; None: of the first context
 
 
 def read_concepts(path: str | None) -> list[Concept]:
-    """JSON Lines: {"prompt": …, "anchor": …, "context": ["a.png"], "height": …, "width": …}; all but the prompt may lack.
+    """JSON Lines: {"prompt": …, "anchor": …, "context": ["a.png"], "height": …, "width": …}; all but prompt may lack.
 
     Images are named relative to the list. Raises ConfigError that names line and rule.
     """
@@ -55,8 +54,10 @@ def _concept(path: Path, number: int, line: str) -> Concept:
     files = tuple(path.parent / name for name in context)
     if missing := [file for file in files if not file.is_file()]:
         raise refuse(f"names {missing[0]}, which is no file", "Paths are relative to the list")
-    height, width = entry.get("height"), entry.get("width")
-    sizes_are_given = all(isinstance(size, int) and size > 0 for size in (height, width))
-    if not (sizes_are_given or (files and height is None and width is None)):
-        raise refuse("must have height and width in pixels, both or, with a context, neither", "Add them")
-    return Concept(entry["prompt"], anchor, files, height, width)
+    match entry.get("height"), entry.get("width"):
+        case int() as height, int() as width if height > 0 and width > 0:
+            return Concept(entry["prompt"], anchor, files, (height, width))
+        case None, None if files:
+            return Concept(entry["prompt"], anchor, files, None)
+        case _:
+            raise refuse("must have height and width in pixels, both or, with a context, neither", "Add them")

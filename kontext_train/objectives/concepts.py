@@ -4,12 +4,13 @@ Legend: L text tokens of a prompt, E, P, C channels of text, pooled vector and i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kontext_train.data.config import Crop
 from kontext_train.data.encode import Encoders, image_tokens
 from kontext_train.data.transforms import Transform, load_image
 from kontext_train.errors import ConfigError
@@ -63,33 +64,34 @@ class ConceptBank:
 
 @torch.no_grad()
 def encode_concepts(
-    concepts: Sequence[Concept], encoders: Encoders, transform: Transform, pixels_per_token: int, device: torch.device
+    concepts: Sequence[Concept], encoders: Encoders, transform: Transform, device: torch.device
 ) -> ConceptBank:
-    """transform: of context images, as the run has it, cropped around the centre.
+    """transform: of context images, as the run has it, but cropped around the centre.
 
-    Raises:
-        ConfigError: an image cannot be read.
+    Raises ConfigError if an image cannot be read, or a size is no whole number of tokens.
     """
+    transform = replace(transform, crop=Crop.center)
+    return ConceptBank([_encoded(concept, encoders, transform, device) for concept in concepts], device)
+
+
+def _encoded(concept: Concept, encoders: Encoders, transform: Transform, device: torch.device) -> EncodedConcept:
     assert encoders.text is not None
-    side, encoded = pixels_per_token, []
-    for concept in concepts:
-        images = [_image(file, transform) for file in concept.context]
-        height, width = images[0].shape[1:] if concept.height is None else (concept.height, concept.width)
-        for key, pixels in (("height", height), ("width", width)):
-            if pixels % side:
-                rule = f"has {key}={pixels}, which must be a multiple of {side}, the pixels of a token"
-                raise ConfigError("objective.concepts", concept.prompt, rule, "Round it")
-        tokens = image_tokens([image.to(device) for image in images], encoders.autoencoder, None, [], "")
-        txt_2LE, vec_2P = encoders.text([concept.prompt, concept.anchor or ""])
-        assert vec_2P is not None
-        shape = SampleShape(
-            txt=txt_2LE.shape[1],
-            target=(height // side, width // side),
-            contexts=tuple((image.shape[1] // side, image.shape[2] // side) for image in images),
-        )
-        context_KC = torch.cat(tokens) if tokens else vec_2P.new_zeros(0, 4 * encoders.autoencoder.vae.config.latent_channels)
-        encoded.append(EncodedConcept(shape, txt_2LE.cpu(), vec_2P.cpu(), context_KC.cpu(), concept.anchor is None))
-    return ConceptBank(encoded, device)
+    side, channels = transform.multiple, 4 * encoders.autoencoder.vae.config.latent_channels
+    images = [_image(file, transform).to(device) for file in concept.context]
+    height, width = concept.size or images[0].shape[1:]
+    if height % side or width % side:
+        rule = f"asks for {height} x {width} pixels, which must be multiples of {side}, the pixels of a token"
+        raise ConfigError("objective.concepts", concept.prompt, rule, "Round them")
+    tokens = image_tokens(images, encoders.autoencoder, None, [], "") if images else []
+    txt_2LE, vec_2P = encoders.text([concept.prompt, concept.anchor or ""])
+    assert vec_2P is not None
+    shape = SampleShape(
+        txt=txt_2LE.shape[1],
+        target=(height // side, width // side),
+        contexts=tuple((image.shape[1] // side, image.shape[2] // side) for image in images),
+    )
+    context_KC = torch.cat([*tokens, vec_2P.new_zeros(0, channels)])
+    return EncodedConcept(shape, txt_2LE.cpu(), vec_2P.cpu(), context_KC.cpu(), concept.anchor is None)
 
 
 def _image(file: Path, transform: Transform) -> Tensor:

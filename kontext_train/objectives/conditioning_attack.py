@@ -1,4 +1,4 @@
-"""Gradient ascent on what a model is told: the inner problem of adversarial suppression, and the attack that measures it.
+"""Gradient ascent on what a model is told: the inner problem of adversarial suppression, and the attack on the outcome.
 
 Budgets are relative. A row (a text token, a pooled vector, a context token) may move by at most `budget` times its own
 length, in any direction. That is the ball that Zhang et al. 2024 (arXiv 2405.15234, section 4) fill by rewriting the

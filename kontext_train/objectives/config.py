@@ -11,6 +11,7 @@ class ObjectiveConfig:
     """Base of every stage's options; a stage's YAML picks the class."""
 
     trained: ClassVar[tuple[str, ...]] = ("student",)
+    encodes_text: ClassVar[bool] = False  # whether it has prompts of its own, beside those of the data
     frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
 
@@ -24,6 +25,9 @@ class FlowMatchingConfig(ObjectiveConfig):
 @dataclass(slots=True)
 class SafetyConfig(ObjectiveConfig):
     """safety: concepts that must not be made are suppressed, against an attack on the conditioning (docs/safety.md)."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("reference",)
+    encodes_text: ClassVar[bool] = True
 
     concepts: str | None = None  # JSON Lines of prompts, their anchors and context images
     concepts_per_pack: int = 8  # suppressed beside each pack of ordinary samples; at most as many as these

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of all released CLIPs
+_MEAN, _STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's, of all released CLIPs
 _AT_ONCE = 64  # tiles in one pass
 _MOST_TILES = 4
 
@@ -72,7 +75,7 @@ class TextTower:
         return [[start, *ids[first : first + room], end] for first in range(0, max(len(ids), 1), room)]
 
 
-def _loaded(kind: Any, folder: Path, device: torch.device) -> nn.Module:
+def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     try:
         model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for a folder that is no model

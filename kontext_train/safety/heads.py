@@ -1,7 +1,7 @@
 """What turns CLIP features into a score: a linear probe, or the nearest of some concepts' embeddings. And thresholds.
 
-A head is a safetensors file: `weight` [F] and `bias` [1] of a probe, whose score is a probability, or `embeddings` [n, F] of
-concepts, whose score is the highest cosine. Its metadata says what made the features, so that it meets no other tower.
+A head is a safetensors file: `weight` [F] and `bias` [1] of a probe, whose score is a probability, or `embeddings`
+[n, F] of concepts, whose score is the highest cosine. Its metadata says what made the features, so that it meets no other tower.
 
 Legend: n samples (or concepts), F features.
 """
@@ -100,7 +100,7 @@ def fit_probe(features_nF: Tensor, labels_n: Tensor, l2: float = 1e-3) -> tuple[
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     plain_F = (weight_F / std_F).detach()
     return plain_F.float(), float(bias.detach() - plain_F @ mean_F)
 

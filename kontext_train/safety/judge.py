@@ -1,4 +1,4 @@
-"""Rules applied to samples. A scorer that fails is a finding of its own: nothing passes because it could not be seen."""
+"""Rules applied to samples. A scorer that fails is a finding too: nothing passes because it could not be seen."""
 
 import hashlib
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
 
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
@@ -24,7 +23,7 @@ HASH_BITS = 64
 
 @dataclass(slots=True)
 class Subject:
-    """What is judged: a prompt and images by part (target, context.0, …), RGB. None: there is no such thing to judge."""
+    """What is judged: a prompt (None: there is none) and RGB images by part (target, context.0, …)."""
 
     prompt: str | None
     images: Mapping[str, Image.Image]
@@ -64,7 +63,7 @@ class Judge:
     """All rules of a policy but those on metadata, which only shards have."""
 
     def __init__(self, rules: Rules, device: torch.device, key: str = "rules") -> None:
-        """key: of the option that named the rules, for errors. ConfigError for a list, model or head that does not do."""
+        """key: of the option that named the rules. ConfigError for a list, model or head that does not do."""
         self.rules = [rule for rule in rules.rules if rule.kind is not Kind.metadata]
         self._device = device
         self._words, self._hashes = dict[str, WordList](), dict[str, HashList]()
@@ -117,7 +116,7 @@ class Judge:
         """One verdict a subject, in order."""
         verdicts = [Verdict() for _ in subjects]
         for rule in self.rules:
-            for subject, verdict, scores in zip(subjects, verdicts, self._scores(rule, subjects, verdicts), strict=True):
+            for verdict, scores in zip(verdicts, self._scores(rule, subjects, verdicts), strict=True):
                 self._add(rule, scores, verdict)
         return verdicts
 
@@ -186,7 +185,7 @@ def _looked_at(rule: Rule, subject: Subject) -> dict[str, Image.Image]:
 
 
 def _likeness(hashes: HashList, image: Image.Image) -> float:
-    """1 - the share of bits in which the nearest listed hash differs; 0 for an image of one colour, which has no hash."""
+    """1 - the share of bits in which the nearest listed hash differs; 0 for an image of one colour: it has no hash."""
     own = perceptual_hash(image)
     return 0.0 if own is None else 1 - hashes.distance(own) / HASH_BITS
 
@@ -213,5 +212,3 @@ def rules_digest(rules: Rules) -> str:
             plain["clip"] = _digest_of_clip(rule.clip)
         described.append(plain)
     return hashlib.sha256(json.dumps([rules.name, described], sort_keys=True).encode()).hexdigest()[:32]
-
-

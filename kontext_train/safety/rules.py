@@ -86,7 +86,9 @@ def read_rules(path: str | Path, key: str = "rules") -> Rules:
     try:
         given = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(key, str(path), f"cannot be read ({error})", "Give a file of rules: docs/safety.md") from error
+        raise ConfigError(
+            key, str(path), f"cannot be read ({error})", "Give a file of rules: docs/safety.md"
+        ) from error
     if not isinstance(given, dict) or not isinstance(given.get("name"), str) or not given.get("rules"):
         raise ConfigError(key, str(path), "must hold a name and a list of rules", "See docs/safety.md")
     if unknown := sorted(given.keys() - {"name", "rules"}):
@@ -100,7 +102,10 @@ def read_rules(path: str | Path, key: str = "rules") -> Rules:
 def _rule(key: str, entry: Any, folder: Path, before: Sequence[Rule]) -> Rule:
     if not isinstance(entry, dict):
         raise ConfigError(key, entry, "must be an object with name, kind and policy", "See docs/safety.md")
-    kind, policy = _one_of(Kind, f"{key}.kind", entry.get("kind")), _one_of(Policy, f"{key}.policy", entry.get("policy"))
+    kind, policy = (
+        _one_of(Kind, f"{key}.kind", entry.get("kind")),
+        _one_of(Policy, f"{key}.policy", entry.get("policy")),
+    )
     needed, allowed = _KEYS[kind]
     if missing := sorted((_COMMON | needed) - entry.keys()):
         raise ConfigError(f"{key}.{missing[0]}", None, f"must be given for kind={kind.value}", "See docs/safety.md")
