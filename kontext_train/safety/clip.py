@@ -76,6 +76,10 @@ class TextTower:
 
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # a folder of both towers has weights that one of them does not take
+    logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for a folder that is no model

@@ -1,7 +1,8 @@
 """What turns CLIP features into a score: a linear probe, or the nearest of some concepts' embeddings. And thresholds.
 
 A head is a safetensors file: `weight` [F] and `bias` [1] of a probe, whose score is a probability, or `embeddings`
-[n, F] of concepts, whose score is the highest cosine. Its metadata says what made the features, so that it meets no other tower.
+[n, F] of concepts, whose score is the highest cosine. Its metadata says what made the features, so that it meets no
+other tower.
 
 Legend: n samples (or concepts), F features.
 """
@@ -76,7 +77,7 @@ def load_head(path: Path) -> Head:
         raise ValueError(f"{path} is no head of train_probe ({type(error).__name__}: {error})") from error
 
 
-def fit_probe(features_nF: Tensor, labels_n: Tensor, l2: float = 1e-3) -> tuple[Tensor, float]:
+def fit_probe(features_nF: Tensor, labels_n: Tensor, l2: float = 1e-5) -> tuple[Tensor, float]:
     """(weight [F], bias) of the logistic regression in which both classes weigh the same, by L-BFGS in float64.
 
     features: unit vectors. labels: bool. ValueError if all samples are of one class.

@@ -181,7 +181,7 @@ def _together(rule: Rule, verdict: Verdict) -> float:
 
 
 def _looked_at(rule: Rule, subject: Subject) -> dict[str, Image.Image]:
-    return {part: image for part, image in subject.images.items() if part.split(".")[0] in rule.on}
+    return {part: image for part, image in subject.images.items() if part.split(".")[0] in rule.parts}
 
 
 def _likeness(hashes: HashList, image: Image.Image) -> float:

@@ -48,7 +48,7 @@ class Rule:
     name: str
     kind: Kind
     policy: Policy
-    on: tuple[str, ...] = ()  # of images: target, context
+    parts: tuple[str, ...] = ()  # of images: target, context
     list: Path | None = None
     distance: int = 0  # bits of 64
     clip: Path | None = None
@@ -69,8 +69,8 @@ class Rules:
 _COMMON = {"name", "kind", "policy"}
 _KEYS: Mapping[Kind, tuple[set[str], set[str]]] = {
     Kind.words: ({"list"}, set()),
-    Kind.image_hash: ({"list", "distance"}, {"on"}),
-    Kind.clip_image: ({"clip", "head"}, {"on", "threshold"}),
+    Kind.image_hash: ({"list", "distance"}, {"parts"}),
+    Kind.clip_image: ({"clip", "head"}, {"parts", "threshold"}),
     Kind.clip_text: ({"clip", "head"}, {"threshold"}),
     Kind.metadata: ({"where"}, set()),
     Kind.combination: ({"of", "threshold"}, set()),
@@ -120,7 +120,7 @@ def _rule(key: str, entry: Any, folder: Path, before: Sequence[Rule]) -> Rule:
         name,
         kind,
         policy,
-        on=tuple(entry.get("on", IMAGE_PARTS if kind in (Kind.image_hash, Kind.clip_image) else ())),
+        parts=tuple(entry.get("parts", IMAGE_PARTS if kind in (Kind.image_hash, Kind.clip_image) else ())),
         distance=entry.get("distance", 0),
         threshold=entry.get("threshold"),
         where=entry.get("where", ""),
@@ -132,10 +132,10 @@ def _rule(key: str, entry: Any, folder: Path, before: Sequence[Rule]) -> Rule:
 
 
 def _check(key: str, rule: Rule, before: Sequence[Rule]) -> None:
-    if strange := [part for part in rule.on if part not in IMAGE_PARTS]:
-        raise ConfigError(f"{key}.on", strange[0], "is no kind of image", f"Known are {', '.join(IMAGE_PARTS)}")
-    if "on" in _KEYS[rule.kind][1] and not rule.on:
-        raise ConfigError(f"{key}.on", [], "looks at nothing", "Give target, context or both")
+    if strange := [part for part in rule.parts if part not in IMAGE_PARTS]:
+        raise ConfigError(f"{key}.parts", strange[0], "is no kind of image", f"Known are {', '.join(IMAGE_PARTS)}")
+    if "parts" in _KEYS[rule.kind][1] and not rule.parts:
+        raise ConfigError(f"{key}.parts", [], "looks at nothing", "Give target, context or both")
     if not (isinstance(rule.distance, int) and 0 <= rule.distance <= 16):
         raise ConfigError(f"{key}.distance", rule.distance, "must be 0 to 16 bits of 64", "6 finds resized copies")
     if rule.threshold is not None and not isinstance(rule.threshold, int | float):
