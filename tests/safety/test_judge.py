@@ -83,7 +83,7 @@ def test_words_are_whole_words_and_hide_in_no_spelling(tmp_path: Path) -> None:
     for text in ("a red circlet", "red and circle", "hundred circles", ""):
         assert not words.matches(text), text
     (tmp_path / "list").write_text("re:(\n")
-    with pytest.raises(ValueError, match="line 1: 're:.*' is not a regular expression"):
+    with pytest.raises(ValueError, match=r"line 1: 're:.*' is not a regular expression"):
         WordList(tmp_path / "list")
 
 
