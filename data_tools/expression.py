@@ -70,12 +70,23 @@ class Clause:
 def parse_clauses(expression: str) -> list[Clause]:
     """Raises ValueError that names what is not part of the language."""
     try:
-        body = ast.parse(expression.strip(), mode="eval").body
+        body = _parsed(expression.strip())
         is_and = isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And)
         nodes = body.values if is_and else [body]  # type: ignore[attr-defined]
         return [Clause(ast.unparse(node), _compiled(node)) for node in nodes]
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{expression[:200]!r} is not an expression ({error})") from error
+    except (RecursionError, MemoryError) as error:
+        raise _no_expression(expression, error) from error
+
+
+def _parsed(expression: str) -> ast.expr:
+    try:
+        return ast.parse(expression, mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:  # ValueError: of Python 3.11.2 at a NUL
+        raise _no_expression(expression, error) from error
+
+
+def _no_expression(expression: str, error: Exception) -> ValueError:
+    return ValueError(f"{expression[:200]!r} is not an expression ({error})")
 
 
 def _compiled(node: ast.expr) -> _Value:

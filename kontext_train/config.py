@@ -26,7 +26,13 @@ from kontext_train.models.config import (
     lora_targets,
 )
 from kontext_train.objectives.concept_list import read_concepts
-from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig, SafetyConfig
+from kontext_train.objectives.config import (
+    FlowMatchingConfig,
+    GuidanceDistillationConfig,
+    LaddConfig,
+    ObjectiveConfig,
+    SafetyConfig,
+)
 from kontext_train.training.config import (
     CheckpointConfig,
     DiscriminatorOptimizerConfig,
@@ -82,7 +88,12 @@ class TrainConfig:
 
 ROLES = ("teacher", "reference")  # that a stage may have beside what it trains
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"flow_matching": FlowMatchingConfig, "safety": SafetyConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "flow_matching": FlowMatchingConfig,
+    "guidance_distillation": GuidanceDistillationConfig,
+    "ladd": LaddConfig,
+    "safety": SafetyConfig,
+}
 
 
 def register_schemas() -> None:
@@ -169,9 +180,13 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     _check_master_dtype(config)
     _check_guidance_in(config)
     _check_lora(config)
-    if config.optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
-        rule = "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory"
-        raise ConfigError("optimizer.moments", "int8", rule, "Use moments=float32, or parallel.cpu_offload=false")
+    for optimizer in (config.optimizer, config.discriminator_optimizer):
+        if optimizer.moments is MomentDtype.int8 and config.parallel.cpu_offload:
+            rule, hint = (
+                "saves GPU memory, and parallel.cpu_offload keeps the moments in host memory",
+                "Use one of them",
+            )
+            raise ConfigError(f"{optimizer.key}.moments", "int8", rule, hint)
     outside = [rank for rank in config.profiler.ranks if not 0 <= rank < world_size]
     if config.profiler.steps and (outside or not config.profiler.ranks):
         rule = f"must be some of the ranks 0 to {world_size - 1}"
@@ -187,6 +202,26 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
     _check_keeping(config)
 
 
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same files and folders, named so that they are found from any working directory.
+
+    What a run records of itself must not depend on where it was started. run.dir stays as given: a run folder may move.
+    """
+    places: list[tuple[Any, str]] = [(config.encoders, "path"), (config.checkpoint, "folder")]
+    places += [(config.weights, role) for role in ("student", *ROLES)]
+    places += [(config.data, "train"), (config.data, "validation")]
+    places += [(config.data.storage, "cache_dir"), *((source, "path") for source in config.data.sources.values())]
+    if isinstance(config.objective, SafetyConfig):
+        places.append((config.objective, "concepts"))
+    if config.run.resume not in ("auto", "none"):
+        places.append((config.run, "resume"))
+    for owner, name in places:
+        path = getattr(owner, name)
+        if path and not is_url(path):
+            setattr(owner, name, str(Path(path).absolute()))
+    return config
+
+
 def check(config: TrainConfig, world_size: int) -> None:
     """All relations, and everything outside that a run needs. Raises ConfigError by dotted key."""
     check_relations(config, world_size)
@@ -200,13 +235,17 @@ def check(config: TrainConfig, world_size: int) -> None:
         if getattr(config.model, key) != size:
             rule = f"must be what the encoders in {config.encoders.path} give, {size}"
             raise ConfigError(f"model.{key}", getattr(config.model, key), rule, "Pick the model that fits them")
-    for role in ("student", *ROLES):
-        if (given := getattr(config.weights, role)) is not None and not Path(given).exists():
-            raise ConfigError(f"weights.{role}", given, "must exist", "Give a safetensors file or folder")
+    if config.weights.guidance_in is not GuidanceIn.require and config.weights.student is None:
+        rule = "is about weights that are read, and weights.student is not given"
+        raise ConfigError(
+            "weights.guidance_in", config.weights.guidance_in.value, rule, "Give weights.student, or use require"
+        )
     for role in config.objective.frozen:
-        if getattr(config.weights, role) is None:
+        if (given := getattr(config.weights, role)) is None:
             rule = f"must be given: this stage learns from a frozen {role}"
             raise ConfigError(f"weights.{role}", None, rule, "Give a safetensors file or folder")
+        if not Path(given).exists():
+            raise ConfigError(f"weights.{role}", given, "must exist", "Give a safetensors file or folder")
     if isinstance(config.objective, SafetyConfig):
         read_concepts(config.objective.concepts)
     if config.lora.rank and config.weights.student is None:
@@ -221,11 +260,14 @@ def check(config: TrainConfig, world_size: int) -> None:
             raise ConfigError(key, folder, "must be a folder of indexed shards", "See docs/data_format.md")
 
 
+def check_weights(config: TrainConfig) -> None:
+    """What a run begins with. A run that goes on from its own checkpoint may have outlived these files."""
+    if config.weights.student is not None and not Path(config.weights.student).exists():
+        raise ConfigError("weights.student", config.weights.student, "must exist", "Give a safetensors file or folder")
+
+
 def _check_guidance_in(config: TrainConfig) -> None:
     choice, embeds = config.weights.guidance_in, config.model.guidance_embed
-    if choice is not GuidanceIn.require and config.weights.student is None:
-        rule = "is about weights that are read, and weights.student is not given"
-        raise ConfigError("weights.guidance_in", choice.value, rule, "Give weights.student, or use require")
     if (choice is GuidanceIn.add and not embeds) or (choice is GuidanceIn.drop and embeds):
         rule = f"contradicts model.guidance_embed={str(embeds).lower()}"
         hint = f"Set model.guidance_embed={str(not embeds).lower()}, or weights.guidance_in=require"
@@ -240,6 +282,19 @@ def _check_roles(config: TrainConfig) -> None:
     if not config.objective.frozen and config.weights.frozen_dtype is not WeightsConfig().frozen_dtype:
         given = config.weights.frozen_dtype.value
         raise ConfigError("weights.frozen_dtype", given, "has no effect: this stage has no frozen role", "Leave it out")
+    match config.objective:
+        case GuidanceDistillationConfig() if not config.model.guidance_embed:
+            rule = "but guidance_distillation trains a student that is told its guidance"
+            raise ConfigError("model.guidance_embed", False, rule, "Set it true, with weights.guidance_in=add")
+        case LaddConfig():
+            config.objective.discriminator.blocks_of(config.model)
+            if config.parallel.cp > 1:
+                rule = "gives each rank some tokens of a picture, and the heads of ladd read whole pictures"
+                raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use cp=1")
+    heads = config.discriminator_optimizer
+    if heads.stochastic_rounding:
+        rule = "is of weights kept in bfloat16, and a discriminator's are always float32"
+        raise ConfigError(f"{heads.key}.stochastic_rounding", True, rule, "Leave it out")
     if not trains_discriminator(config):
         for options in (config.discriminator_optimizer, config.discriminator_schedule):
             given, defaults = _plain(asdict(options)), _plain(asdict(type(options)()))

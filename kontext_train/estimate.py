@@ -64,10 +64,15 @@ def estimated(config: EstimateConfig) -> str:
         mix=mix,
         lora=config.lora,
         text_stored=config.text_stored,
+        stage=config.objective,
+        frozen_dtype=config.weights.frozen_dtype,
+        heads=config.discriminator_optimizer,
     )
     choices = {policy: with_checkpointing(setup, policy) for policy in Checkpointing}
     estimates = {policy: estimate(choice, cluster, traced(choice)) for policy, choice in choices.items()}
     simulated = None
+    if config.simulate and config.objective.frozen:
+        raise ConfigError("simulate", True, "is of the student alone, and this stage has more", "Use simulate=false")
     if config.simulate and config.lora.rank:
         raise ConfigError("simulate", True, "is of runs that train all weights", "Use simulate=false, or lora.rank=0")
     if config.simulate:

@@ -70,6 +70,8 @@ class ExportConfig:
             rule = f"splits what goes into a folder, and out={self.out} is one file"
             raise ConfigError("max_shard_gb", self.max_shard_gb, rule, "Give a folder as out, or leave it out")
         out = Path(self.out)
+        if self.one_file and out.is_dir():
+            raise ConfigError("out", self.out, "is a folder, and one file is asked for by its name", "Give another")
         if not self.one_file and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
             raise ConfigError("out", self.out, "exists and is not an empty folder", "Give a new folder")
         if self.format is Format.diffusers:
@@ -111,9 +113,12 @@ def main() -> None:
     except (OmegaConfBaseException, YAMLError) as error:
         print(f"kontext-export: {str(error).splitlines()[0]}. kontext-export --help shows the keys", file=sys.stderr)
         sys.exit(2)
-    except ConfigError as error:
+    except ValueError as error:  # a ConfigError, or a file that is not what it should be
         print(f"kontext-export: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"kontext-export: not written: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def export(config: ExportConfig) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,16 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kontext_train.config import TrainConfig, as_yaml, check, plain, register_schemas, typed
+from kontext_train.config import (
+    TrainConfig,
+    as_yaml,
+    check,
+    check_weights,
+    plain,
+    register_schemas,
+    typed,
+    with_absolute_paths,
+)
 from kontext_train.distributed.config import Reshard, world_size_from_environment
 from kontext_train.errors import ConfigError
 
@@ -26,8 +36,8 @@ register_schemas()
 
 def main() -> None:
     """`kontext-train --resume-run DIR [key=value ...]`, or everything else that Hydra understands."""
-    if sys.argv[1:2] == ["--resume-run"]:
-        start(lambda: of_run(sys.argv[2:]))
+    if any(argument.partition("=")[0] == "--resume-run" for argument in sys.argv[1:]):
+        start(lambda: of_run(sys.argv[1:]))
     else:
         composed_by_hydra()
 
@@ -48,7 +58,7 @@ def composed_by_hydra(composed: DictConfig) -> None:
 
 def start(configured: Callable[[], TrainConfig]) -> None:
     try:
-        config = configured()
+        config = with_absolute_paths(configured())
         check(config, world_size_from_environment())
         train(config)
     except ConfigError as error:
@@ -59,19 +69,24 @@ def start(configured: Callable[[], TrainConfig]) -> None:
 
 
 def of_run(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration of a run folder, with `key=value` arguments after it; the run goes on there."""
-    folder = Path(arguments[0]) if arguments else Path()
+    """The configuration of the run folder that --resume-run names; the run goes on there. Others are key=value."""
+    parser = ArgumentParser("kontext-train", usage="kontext-train --resume-run DIR [key=value ...]", allow_abbrev=False)
+    parser.add_argument("--resume-run", type=Path, required=True)
+    given, overrides = parser.parse_known_args(arguments)
+    folder: Path = given.resume_run
     if not (folder / "config.yaml").is_file():
         rule = "must be a folder that kontext-train wrote, with its config.yaml"
-        raise ConfigError("--resume-run", " ".join(arguments), rule, "kontext-train --resume-run DIR [key=value ...]")
+        raise ConfigError("--resume-run", str(folder), rule, "kontext-train --resume-run DIR [key=value ...]")
+    # A change that was allowed stays so until something else changes: a checkpoint may still be of before.
+    changes = ["run.allow_changes=[]", *overrides] if overrides else []
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = typed(compose("config", overrides=list(arguments[1:])))
+            config = typed(compose("config", overrides=changes))
     except HydraException as error:
         raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
     config.run.dir = str(folder)
-    if not any(argument.startswith("run.resume=") for argument in arguments):
-        config.run.resume = "auto"  # wherever it began, it goes on from its own newest
+    if config.run.resume == "none":  # it was a new folder then
+        config.run.resume = "auto"
     return config
 
 
@@ -100,12 +115,13 @@ def member_name(arguments: Sequence[str], task: Sequence[str], number: int) -> s
 def train(config: TrainConfig) -> None:
     """Everything heavy is imported here, once the configuration is known to be sound."""
     import torch
+    from torch import nn
 
-    from kontext_train.data.encode import load_encoders
+    from kontext_train.data.encode import encode_empty_prompt, load_encoders
     from kontext_train.data.encoded import check_encoding
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
     from kontext_train.data.plan import Planner, plan_digest
-    from kontext_train.data.sources import Mixture, Source, open_sources, open_validation
+    from kontext_train.data.sources import Mixture, Source, check_edits_only, open_sources, open_validation
     from kontext_train.data.transforms import Transform
     from kontext_train.distributed.context_parallel import split_sequence, ulysses
     from kontext_train.distributed.float8 import check_hardware
@@ -119,17 +135,21 @@ def train(config: TrainConfig) -> None:
     from kontext_train.models.lora import adapt, base_digest
     from kontext_train.models.weights import initialise, initialise_adapters, load
     from kontext_train.objectives.build import build_objective
+    from kontext_train.objectives.concept_list import read_concepts
+    from kontext_train.objectives.concepts import encode_concepts
+    from kontext_train.objectives.config import LaddConfig, SafetyConfig
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
     from kontext_train.training.changes import check_resumable
     from kontext_train.training.checkpoint_files import put
     from kontext_train.training.checkpoint_saver import Saver
+    from kontext_train.training.config import OptimizerConfig, ScheduleConfig
     from kontext_train.training.ema import EMA
     from kontext_train.training.health import Health
     from kontext_train.training.heartbeat import heartbeat
     from kontext_train.training.metrics import RunLog
-    from kontext_train.training.networks import frozen_network
+    from kontext_train.training.networks import frozen_network, new_discriminator
     from kontext_train.training.optimizer import PhaseOptimizer
     from kontext_train.training.profiling import Profiler
     from kontext_train.training.run_folder import record_start
@@ -152,6 +172,8 @@ def train(config: TrainConfig) -> None:
         return planner, PackReader(mixture, holes=holes, pad_to=pad_to)
 
     sources = open_sources(config.data, pixels_per_token, config.run.seed)
+    if config.objective.edits_only:
+        check_edits_only(sources)
     planner, reader = planned(sources, holes=config.data.max_bad_fraction > 0)
     held_out = None
     if config.data.validation:
@@ -164,7 +186,7 @@ def train(config: TrainConfig) -> None:
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
     draws = held_out is not None and config.validation.pictures > 0
-    needs_text = not all_stored or draws or config.objective.encodes_text
+    needs_text = not all_stored or draws or isinstance(config.objective, SafetyConfig)
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
@@ -185,6 +207,8 @@ def train(config: TrainConfig) -> None:
     newest = checkpoint.newest_readable(candidates)
     if newest is not None:
         check_resumable(newest, checkpoint.read_record(newest), record)
+    else:
+        check_weights(config)
 
     if config.health.memory_history and not torch.cuda.is_available():
         rule = "is of a GPU's allocator, and there is no GPU"
@@ -200,11 +224,15 @@ def train(config: TrainConfig) -> None:
         resume = checkpoint.newest_whole(config.run.resume, candidates)
         if resume is not None:
             check_resumable(resume, checkpoint.read_record(resume), record)
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            put(folder / "config.yaml", as_yaml(config).encode())
-            print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
-        record_start(folder, world, as_yaml(config), resume)
+        try:
+            if world.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                put(folder / "config.yaml", as_yaml(config).encode())
+                print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
+            record_start(folder, world, as_yaml(config), resume)
+        except OSError as error:
+            hint = "Give a folder on a disk with room, which all ranks share and may write to"
+            raise ConfigError("run.dir", config.run.dir, f"cannot be written to: {error}", hint) from error
         if config.health.memory_history:
             record_history(config.health.memory_history)
             watch.snapshot = folder / "memory" / f"rank_{world.rank:04d}.pickle"
@@ -214,6 +242,9 @@ def train(config: TrainConfig) -> None:
         encoders = load_encoders(config.encoders, world.device, text=needs_text)
         if encoders.text is not None and config.parallel.shard_encoders and world.mesh["dp_shard"].size() > 1:
             shard(encoders.text, world.mesh, replace(config.parallel, reshard_after_forward=Reshard.always))
+        empty_prompt = None
+        if config.objective.needs_empty_prompt:
+            empty_prompt = encode_empty_prompt(encoders, reader.readers[0], world.device)
         with torch.device("meta"):
             student = Flux(config.model, attention if world.cp_group is None else ulysses(attention, world.cp_group))
         adapt(student, config.lora)
@@ -240,16 +271,19 @@ def train(config: TrainConfig) -> None:
         }
 
         # Training.
-        objective = build_objective(
-            config.objective,
-            {"student": student, **frozen},
-            config.model,
-            config.flow,
-            encoders,
-            Transform.of(config.data, pixels_per_token, config.run.seed),
-            world.device,
-        )
-        turns = {"student": (config.optimizer, config.schedule)}
+        networks: dict[str, nn.Module] = {"student": student, **frozen}
+        if isinstance(config.objective, LaddConfig):
+            heads = config.objective.discriminator
+            networks["discriminator"] = new_discriminator(heads, config.model, config.parallel, world, config.run.seed)
+        concepts = None
+        if isinstance(config.objective, SafetyConfig):
+            transform = Transform.of(config.data, pixels_per_token, config.run.seed)
+            concepts = encode_concepts(read_concepts(config.objective.concepts), encoders, transform, world.device)
+        objective = build_objective(config.objective, networks, config.model, config.flow, empty_prompt, concepts)
+        turns: dict[str, tuple[OptimizerConfig, ScheduleConfig]] = {
+            "student": (config.optimizer, config.schedule),
+            "discriminator": (config.discriminator_optimizer, config.discriminator_schedule),
+        }
         trainer = Trainer(
             config.run,
             {phase: turns[phase][1] for phase in objective.phases},

@@ -1,8 +1,9 @@
 """The loop. Every stage runs through it: step -> phases -> microbatches -> clip -> update -> EMA, then what is due."""
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,28 +73,6 @@ def trained_share(module: nn.Module) -> float:
     return sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
 
 
-@contextmanager
-def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, gradients pass through these modules and stay in none of their parameters.
-
-    Gathered weights are freed on the way in and out: FSDP takes over `requires_grad` when it gathers, and what a
-    forward pass without gradients left gathered would train no more.
-    """
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def train(on: bool) -> None:
-        for module in modules:
-            reshard(module)
-        for parameter in trained:
-            parameter.requires_grad_(on)
-
-    train(False)
-    try:
-        yield
-    finally:
-        train(True)
-
-
 class Trainer:
     def __init__(
         self,
@@ -119,7 +98,7 @@ class Trainer:
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
-        # forward, gradients of inputs, of weights
+        # forward, gradients of inputs and of weights, and what else the stage runs
         self.passes = 2 + trained_share(objective.modules["student"]) + objective.extra_passes
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -158,6 +137,7 @@ class Trainer:
             try:
                 window.add(self.train_step(pixels))
             except Unstable as error:
+                self.note_bad(pixels)
                 self.roll_back(error, pixels[-1].position, log)
                 window = Window(time.perf_counter())
                 continue
@@ -169,7 +149,10 @@ class Trainer:
             last = self.step == self.config.steps
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
-                log.write(self.step, self.summary(window, peak) | self.recompiles.metrics() | self.health.metrics())
+                means = self.summary(window, peak)
+                if (warning := self.objective.warning(means)) and self.world.is_main:
+                    print(f"kontext-train: step {self.step}: {warning}", file=sys.stderr)
+                log.write(self.step, means | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
             paused, loss = time.perf_counter(), None
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
@@ -191,12 +174,17 @@ class Trainer:
 
     def agree_to_stop(self, stop: StopRequest, pixels: list[PixelBatch]) -> bool:
         """Whether a rank got a signal, or too many samples were bad: the same on every rank."""
+        (stops,) = self.note_bad(pixels, stop.name is not None)
+        return stops > 0 or self.bad.too_many()
+
+    def note_bad(self, pixels: list[PixelBatch], *counts: int) -> list[int]:
+        """Count a step's bad samples on all ranks, and tell them; `counts` are summed over ranks by the way."""
         own = [note for batch in pixels for note in batch.bad]
         self.bad.seen += pixels[0].samples_in_step
-        stops, bad = sum_counts([stop.name is not None, len(own)])
+        bad, *sums = sum_counts([len(own), *counts])
         if bad:
             self.bad.note(self.step, own)
-        return stops > 0 or self.bad.too_many()
+        return sums
 
     def at(self, phase: str) -> None:
         """Where this rank is, for all who watch. All ranks come to the same places."""
@@ -222,23 +210,25 @@ class Trainer:
     def train_phase(self, phase: str, batches: list[PackedBatch]) -> dict[str, Tensor]:
         optimizer = self.optimizers[phase]
         self.at(f"{phase} forward and backward")
-        for each in self.optimizers.values():  # of all: no phase keeps another's gradients in memory
-            each.zero()
+        self.zero_gradients()
         metrics: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        others = [module for role, module in self.objective.modules.items() if role != phase]
-        with frozen(others):
-            for batch in batches:
-                loss = self.objective.loss(phase, batch, self.random)
-                loss.value.backward()
-                losses.append(loss.value.detach())
-                metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        for batch in batches:
+            loss = self.objective.loss(phase, batch, self.random, self.step)
+            loss.value.backward()
+            losses.append(loss.value.detach())
+            metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         self.at(f"{phase} update")
         norm = optimizer.clip()
         if self.health.stability.accepts(self.step, phase, losses, norm, [batch.keys for batch in batches]):
             with self.health.stragglers.timed("update"):
                 optimizer.step(lr_factor(self.step, self.config.steps, self.schedules[phase]))
         return metrics | {f"{phase}/grad_norm": norm.detach() / self.world.dp_size}  # summed over packs: the norm
+
+    def zero_gradients(self) -> None:
+        """Of all roles: gradients that reached one through another's phase are not its own."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero()
 
     # -- seeing --------------------------------------------------------------------------------------------------
 
@@ -338,8 +328,7 @@ class Trainer:
             error.add_note(f"kontext-train: no rollback (health.max_rollbacks), {where} has no checkpoint yet")
             raise error
         failed_at = self.step
-        for optimizer in self.optimizers.values():
-            optimizer.zero()
+        self.zero_gradients()
         self.restore(path)
         self.position = position
         self.health.stability.rolled_back(failed_at, self.step)

@@ -4,9 +4,10 @@ import gc
 import multiprocessing
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import matplotlib.figure  # noqa: F401 - once, and not in every forked run, like
 import torch
 from diffusers import AutoencoderKL  # noqa: F401
 from hydra import compose, initialize_config_module
+from torch.distributed import TCPStore
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel  # noqa: F401
 
 from kontext_train.config import TrainConfig, register_schemas, typed
@@ -89,8 +91,8 @@ def in_processes(processes: int, function: Callable[..., None], *arguments: obje
 
 def start(processes: int, function: Callable[..., None], *arguments: object) -> list[BaseProcess]:
     """Forked ranks, as torchrun would tell them."""
-    port = _free_port()
-    return [fork(_as_rank, rank, processes, port, function, arguments) for rank in range(processes)]
+    store, number = _store(), next(_NUMBERS)
+    return [fork(_as_rank, rank, processes, store.port, number, function, arguments) for rank in range(processes)]
 
 
 def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
@@ -109,7 +111,7 @@ def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
 
 
 def _as_rank(
-    rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]
+    rank: int, processes: int, port: int, number: int, function: Callable[..., None], arguments: tuple[object, ...]
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {
@@ -118,11 +120,16 @@ def _as_rank(
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(number),  # the ranks of each start meet under its number
     }
     function(*arguments)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@cache
+def _store() -> TCPStore:
+    """Where ranks meet, as in torchrun's: one that is there already, for a port that is only picked may be taken."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+_NUMBERS = count()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encoded import StoredText
+from kontext_train.data.sample import SampleReader
 from kontext_train.models.autoencoder import Autoencoder
 from kontext_train.models.config import EncodersConfig
 from kontext_train.models.kontext import Conditioning, tokens_from_latent
@@ -79,6 +80,17 @@ def _text(
     if stored is None:
         return encoders(prompts)
     return encoders(prompts, pooled=False)[0], stored.clip_P.to(device)
+
+
+def encode_empty_prompt(encoders: Encoders, reader: SampleReader, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Text tokens [L, E] and pooled vector [P], float32: from the encoders, or as stored beside a source's shards."""
+    stored = None
+    if encoders.text is None:
+        text = reader.empty_prompt
+        assert text.t5_LE is not None
+        stored = StoredText(text.clip_P[None], text.t5_LE[None])
+    txt_1LE, vec_1P = _text([""], encoders.text, stored, device)
+    return txt_1LE[0], vec_1P[0]
 
 
 def image_tokens(

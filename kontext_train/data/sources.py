@@ -155,6 +155,17 @@ def open_sources(config: DataConfig, pixels_per_token: int, seed: int) -> list[S
     return [Source.of(key.format(name), given[name], indexes[name], share[name], transform) for name in given]
 
 
+def check_edits_only(sources: Sequence[Source]) -> None:
+    """ConfigError by key if some sample has no context image, or may be trained without."""
+    for source in sources:
+        if (without := source.index.samples_by_contexts[0]) or source.context_dropout:
+            rule = f"must hold edits alone for this stage, and {without:,} of its samples have no context image"
+            if not without:
+                rule = f"is trained without context images with probability {source.context_dropout}"
+            hint = "Leave them out: python -m data_tools.filter_shards --help; and set data.context_dropout=0"
+            raise ConfigError(source.key, source.index.folder, rule, hint)
+
+
 def open_validation(config: DataConfig, folder: str, pixels_per_token: int) -> Source:
     """The samples of `data.validation`, which never change: cropped around the centre, nothing dropped."""
     transform = replace(Transform.of(config, pixels_per_token, seed=0), crop=Crop.center)

@@ -26,6 +26,7 @@ from kontext_train.estimation.memory import (
     held,
     largest,
     moments,
+    moments_through,
 )
 from kontext_train.estimation.packs import RELEASED_PIXELS_PER_TOKEN, TokenMix
 from kontext_train.estimation.roofline import StepTime, Work, step_time
@@ -33,9 +34,16 @@ from kontext_train.estimation.simulation import Parts, fused_attention, trace_pa
 from kontext_train.estimation.traffic import Collective, collectives
 from kontext_train.models.attention import AttentionFunction
 from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig, LoraConfig
+from kontext_train.models.discriminator import Discriminator
 from kontext_train.models.flux import Flux
 from kontext_train.models.lora import adapt
-from kontext_train.training.config import MomentDtype, OptimizerConfig, OptimizerName
+from kontext_train.objectives.config import FlowMatchingConfig, LaddConfig, ObjectiveConfig
+from kontext_train.training.config import (
+    DiscriminatorOptimizerConfig,
+    MomentDtype,
+    OptimizerConfig,
+    OptimizerName,
+)
 
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
 
@@ -53,6 +61,9 @@ class Setup:
     mix: TokenMix
     lora: LoraConfig = field(default_factory=LoraConfig)
     text_stored: bool = False  # shards hold the text encoders' output: a run does not load them
+    stage: ObjectiveConfig = field(default_factory=FlowMatchingConfig)
+    frozen_dtype: Precision = Precision.bfloat16  # of the networks that the stage freezes
+    heads: OptimizerConfig = field(default_factory=DiscriminatorOptimizerConfig)  # of a discriminator
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +90,16 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
     network = network_of(setup.model, parallel, cluster.world, parts, setup.lora)
     sharding = sharding_of(setup.model, parallel, cluster.world)
-    everything = held(roles(setup, network, sharding), parts.batch)
+    in_run = roles(setup, network, sharding)
+    everything = held(in_run, parts.batch)
     base = _without_offloaded(everything) if parallel.cpu_offload else everything
-    peak = largest([_encoding(setup, base), *moments(base, network, sharding, setup.microbatches > 1)])
+    accumulating = setup.microbatches > 1
+    times = [_encoding(setup, base), *moments(base, network, sharding, accumulating)]
+    for _ in range(setup.stage.passes_through):
+        times += moments_through(base, network, sharding, accumulating)
+    peak = largest(times)
     sent = (
-        *collectives(network, sharding, parallel.cp, setup.microbatches),
+        *collectives(network, sharding, parallel.cp, setup.microbatches, _more_gathers(setup)),
         *_optimizer_collectives(setup, network, sharding),
     )
     work = _work(setup, parts, everything)
@@ -98,12 +114,12 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
     forward = setup.mix.forward_flops * setup.microbatches / parallel.cp
     blocks = setup.model.depth + setup.model.depth_single_blocks
-    useful = forward + _backward(setup, forward, blocks * setup.microbatches)
+    useful = forward + _backward(setup, forward, blocks * setup.microbatches) + setup.stage.extra_passes() * forward
     free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
     return Estimate(
         peak=peak,
         host=everything.total - base.total,
-        checkpoint=(everything.parameters + everything.optimizer + everything.ema) * sharding.shards,
+        checkpoint=sum(r.elements * (r.weights + r.optimizer + r.ema) for r in in_run if r.gradients),
         collectives=sent,
         useful_flops=useful,
         computed_flops=work.matrix_flops + work.float8_flops + work.attention_flops,
@@ -201,7 +217,24 @@ def roles(setup: Setup, network: Network, sharding: Sharding) -> list[Role]:
     text, images = _encoder_elements(setup.encoders)
     spread = sharding.shards if setup.parallel.shard_encoders else 1
     encoders = [Role("text encoders", text, size, shards=spread)] if not setup.text_stored else []
-    return [student, *encoders, Role("autoencoder", images, size)]
+    frozen = BYTES[setup.frozen_dtype]
+    others = [Role(role, network.elements, frozen, shards=sharding.shards) for role in setup.stage.frozen]
+    return [student, *others, *_discriminator(setup, sharding), *encoders, Role("autoencoder", images, size)]
+
+
+def _discriminator(setup: Setup, sharding: Sharding) -> Iterator[Role]:
+    if isinstance(setup.stage, LaddConfig):
+        model, heads = setup.model, setup.stage.discriminator
+        with torch.device("meta"):
+            network = Discriminator(len(heads.blocks_of(model)), model.hidden_size, heads.channels, model.vec_in_dim)
+        elements = sum(_padded(p, sharding.shards) for p in network.parameters())
+        states = 8.0 if setup.heads.moments is MomentDtype.float32 else 2 * (1 + 4 / 256)
+        yield Role("discriminator", elements, 4, 4, states, shards=sharding.shards)
+
+
+def _more_gathers(setup: Setup) -> int:
+    """Of the whole network, beside those of the student's forward and backward."""
+    return setup.stage.passes_without_gradients + 2 * setup.stage.passes_through
 
 
 def _base_bytes(setup: Setup, sharding: Sharding) -> float:
@@ -259,7 +292,14 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     costs = [(parts.double, model.depth), (parts.single, model.depth_single_blocks), (parts.ends, 1)]
     flops = sum(n * (c.forward_flops + c.backward_flops) for c, n in costs)
     attention = sum(n * c.attention_flops for c, n in costs)
-    in_blocks = flops - attention - parts.ends.forward_flops - parts.ends.backward_flops
+    traffic = sum(n * c.traffic for c, n in costs)
+    # A pass through a frozen role, forward and back to its inputs, has as many products as the student's backward: that
+    # makes gradients of inputs and of weights. Both compute forward again where there is recomputation.
+    forward = sum(n * c.forward_flops for c, n in costs)
+    extra = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * (flops - forward)
+    grown = 1 + extra / flops
+    flops, attention, traffic = flops * grown, attention * grown, traffic * grown
+    in_blocks = flops - attention - grown * (parts.ends.forward_flops + parts.ends.backward_flops)
     in_float8 = in_blocks * _float8_share(model, setup.parallel, of_products=True)
     pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2
     encoding = released.encoding_flops(len(setup.mix.largest), setup.encoders.t5_tokens, pixels)
@@ -269,7 +309,7 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
         float8_flops=packs * in_float8,
         attention_flops=packs * attention,
         encoder_flops=packs * encoding,
-        elementwise_bytes=packs * sum(n * c.traffic for c, n in costs),
+        elementwise_bytes=packs * traffic,
         optimizer_bytes=2 * state + 3 * memory.gradients,
     )
 

@@ -161,5 +161,20 @@ def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bo
     yield Moment("optimizer step", base)
 
 
+def moments_through(base: Memory, network: Network, sharding: Sharding, accumulating: bool) -> Iterator[Moment]:
+    """The same for a pass through a frozen network of the same shape, while all that the student kept waits for the
+    gradient that comes out of it. Nothing is reduced and nothing stays gathered. An upper bound: a frozen network keeps
+    nothing for gradients of weights.
+    """
+    waiting = float(network.ends.cost.kept + sum(block.cost.kept for block in network.blocks))
+    before = replace(base, gradients=base.gradients if accumulating else 0.0)
+    frozen = replace(sharding, last_stays=False, all_stay=False)
+    for moment in moments(before, network, frozen, accumulating=True):
+        memory = moment.memory
+        if moment.name.startswith(("forward", "backward", "loss")):
+            memory = replace(memory, reducing=0.0, activations=memory.activations + waiting)
+            yield Moment(f"teacher: {moment.name}", memory)
+
+
 def largest(moments: Iterable[Moment]) -> Moment:
     return max(moments, key=lambda moment: moment.memory.total)

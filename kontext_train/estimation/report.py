@@ -15,7 +15,7 @@ MEMORY_LINES = {
     "gradients": ("gradients, sharded", "formula"),
     "optimizer": ("optimizer states", "formula"),
     "ema": ("EMA", "formula"),
-    "frozen": ("frozen encoders", "formula"),
+    "frozen": ("frozen roles and encoders", "formula"),
     "gathered": ("gathered weights and the next", "formula"),
     "reducing": ("gradients being reduced", "formula"),
     "activations": ("activations", "traced blocks, formula over them"),

@@ -30,8 +30,13 @@ class Collective:
         return self.received() - between, between
 
 
-def collectives(network: Network, sharding: Sharding, cp: int, packs: int) -> Iterator[Collective]:
-    """Of a step with so many packs on each rank, the optimizer's not included. Parts without bytes are left out."""
+def collectives(
+    network: Network, sharding: Sharding, cp: int, packs: int, more_gathers: int = 0
+) -> Iterator[Collective]:
+    """Of a step with so many packs on each rank, the optimizer's not included. Parts without bytes are left out.
+
+    more_gathers: of whole networks of this shape, for each pack, by passes beside the student's.
+    """
     shards, replicas = sharding.shards, sharding.replicas
     elements = network.elements
     if shards > 1:
@@ -40,7 +45,8 @@ def collectives(network: Network, sharding: Sharding, cp: int, packs: int) -> It
         else:
             stays = network.ends.elements + network.blocks[-1].elements if sharding.last_stays else 0
             again = elements - stays
-        yield Collective("all-gather", shards, 1, packs * sharding.wire_bytes * (elements + again), hidden=True)
+        gathered = elements + again + more_gathers * elements
+        yield Collective("all-gather", shards, 1, packs * sharding.wire_bytes * gathered, hidden=True)
         yield Collective("reduce-scatter", shards, 1, packs * sharding.reduce_bytes * network.trained, hidden=True)
     if replicas > 1:
         reduced = packs * sharding.reduce_bytes * network.trained / shards

@@ -133,6 +133,29 @@ def lora_targets(config: LoraConfig, model: FluxConfig) -> list[str]:
     return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in config.targets)]
 
 
+@dataclass(slots=True)
+class DiscriminatorConfig:
+    """Heads on a frozen network's blocks that tell made from real (Sauer et al. 2024, arXiv 2403.12015, section 3)."""
+
+    blocks: list[int] = field(default_factory=list)  # that have a head, from 0, double-stream blocks first; [] is all
+    channels: int = 256  # of a head
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ConfigError("objective.discriminator.channels", self.channels, "must be at least 1", "Use 256")
+        if sorted(set(self.blocks)) != self.blocks or any(number < 0 for number in self.blocks):
+            rule = "must be numbers of blocks in ascending order, each once"
+            raise ConfigError("objective.discriminator.blocks", self.blocks, rule, "For example [3, 9, 18]")
+
+    def blocks_of(self, model: FluxConfig) -> list[int]:
+        """Numbers of the blocks that have a head. ConfigError if the model has fewer."""
+        count = model.depth + model.depth_single_blocks
+        if self.blocks and self.blocks[-1] >= count:
+            rule = f"must be below {count}, the number of blocks of the model"
+            raise ConfigError("objective.discriminator.blocks", self.blocks, rule, "Leave [] for all blocks")
+        return self.blocks or list(range(count))
+
+
 class EncoderDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"

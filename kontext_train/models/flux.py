@@ -3,7 +3,7 @@
 Legend: S samples, T text tokens, I image tokens, M target tokens, N = T + I, D hidden, C token channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,6 +65,47 @@ class Flux(nn.Module):
         img_IC: tokens in stream order (targets, contexts, padding). txt_TE: T5 output. vec_SP: pooled CLIP.
         t_S: float32 in [0, 1], 1 is noise. guidance_S: float32 guidance scale, exactly when the model embeds it.
         """
+        img_ID, txt_TD, vec_SD = self._embed(img_IC, txt_TE, vec_SP, t_S, guidance_S)
+        angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
+        for block in self.double_blocks:
+            img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
+        x_ND = join(txt_TD, img_ID, layout)
+        for block in self.single_blocks:
+            x_ND = block(x_ND, vec_SD, angles, layout)
+        x_MD = x_ND.index_select(0, layout.target_in_joint_M)
+        return self.final_layer(x_MD, vec_SD, layout.sample_of_target_M)
+
+    def features(
+        self,
+        img_IC: Tensor,
+        txt_TE: Tensor,
+        vec_SP: Tensor,
+        t_S: Tensor,
+        layout: SequenceLayout,
+        guidance_S: Tensor | None,
+        blocks: Sequence[int],
+    ) -> list[Tensor]:
+        """[M, D] of the target tokens after each of `blocks`, numbered as `blocks()` yields them, in ascending order.
+
+        Inputs as those of `forward`. It runs no further than to the last of them.
+        """
+        img_ID, txt_TD, vec_SD = self._embed(img_IC, txt_TE, vec_SP, t_S, guidance_S)
+        angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
+        found, depth = dict[int, Tensor](), len(self.double_blocks)
+        for number, block in enumerate(self.double_blocks[: blocks[-1] + 1]):
+            img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
+            found[number] = img_ID[: layout.targets].clone()  # FSDP hangs a hook on it, which a view may lose
+        x_ND = join(txt_TD, img_ID, layout)
+        for number, block in enumerate(self.single_blocks[: max(0, blocks[-1] + 1 - depth)], start=depth):
+            x_ND = block(x_ND, vec_SD, angles, layout)
+            if number in blocks:
+                found[number] = x_ND.index_select(0, layout.target_in_joint_M)
+        return [found[number] for number in blocks]
+
+    def _embed(
+        self, img_IC: Tensor, txt_TE: Tensor, vec_SP: Tensor, t_S: Tensor, guidance_S: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens, text tokens and the samples' vectors as the blocks take them."""
         dtype = self.img_in.weight.dtype  # bfloat16 while a sharded parameter is gathered; inputs follow the weights
         img_ID = self.img_in(img_IC.to(dtype))
         txt_TD = self.txt_in(txt_TE.to(dtype))
@@ -75,15 +116,7 @@ class Flux(nn.Module):
             vec_SD = vec_SD + self.guidance_in(sinusoidal_embedding(guidance_S).to(dtype))
         elif guidance_S is not None:
             raise ValueError("this model has no guidance embedding (model.guidance_embed=false): give no guidance")
-
-        angles = rope(layout.ids_N3, self.config.axes_dim, self.config.theta)
-        for block in self.double_blocks:
-            img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
-        x_ND = join(txt_TD, img_ID, layout)
-        for block in self.single_blocks:
-            x_ND = block(x_ND, vec_SD, angles, layout)
-        x_MD = x_ND.index_select(0, layout.target_in_joint_M)
-        return self.final_layer(x_MD, vec_SD, layout.sample_of_target_M)
+        return img_ID, txt_TD, vec_SD
 
 
 def initial_tensor(name: str, shape: torch.Size, config: InitConfig, generator: np.random.Generator) -> Tensor:

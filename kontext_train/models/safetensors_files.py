@@ -39,7 +39,10 @@ def weight_files(path: str | Path) -> list[Path]:
         if not files:
             raise ValueError(f"{path}: no safetensors file there. Give a .safetensors file or a folder of them")
         return files
-    names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{indexes[0]}: is no index of safetensors files ({error!r}). Fetch it again") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is missing, which {indexes[0].name} names. Fetch the folder again")

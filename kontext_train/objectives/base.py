@@ -1,5 +1,6 @@
 """What the training loop asks of a stage, and nothing more."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,16 @@ class Objective(Protocol):
 
     modules: dict[str, nn.Module]  # role -> sharded module
     phases: tuple[str, ...]  # roles, in the order in which they take their turn within a step
-    extra_passes: float  # cost of a step beside the student's forward and backward, in forward passes of the student
+    extra_passes: int  # ObjectiveConfig.extra_passes
 
-    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss: ...
+    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
+        """step: updates made before this one.
+
+        Other roles than `phase` run without gradients, or let them pass: the loop drops what they leave there.
+        (Turning `requires_grad` off and on is not for FSDP, which notes what trains when it first runs.)
+        """
+        ...
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        """What is wrong with a run whose metrics since the last log step have these means, and what to do; or None."""
+        ...

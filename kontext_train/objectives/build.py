@@ -1,19 +1,26 @@
 """The stage that a config names."""
 
 from collections.abc import Mapping
+from typing import cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kontext_train.data.encode import Encoders
-from kontext_train.data.transforms import Transform
+from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import FluxConfig
+from kontext_train.models.flux import Flux
 from kontext_train.objectives.base import Objective
-from kontext_train.objectives.concept_list import read_concepts
-from kontext_train.objectives.concepts import encode_concepts
-from kontext_train.objectives.config import FlowMatchingConfig, ObjectiveConfig, SafetyConfig
+from kontext_train.objectives.concepts import ConceptBank
+from kontext_train.objectives.config import (
+    FlowMatchingConfig,
+    GuidanceDistillationConfig,
+    LaddConfig,
+    ObjectiveConfig,
+    SafetyConfig,
+)
 from kontext_train.objectives.flow_matching import FlowMatching
+from kontext_train.objectives.guidance_distillation import GuidanceDistillation
+from kontext_train.objectives.ladd import Ladd
 from kontext_train.objectives.safety import Safety
 
 
@@ -22,18 +29,30 @@ def build_objective(
     networks: Mapping[str, nn.Module],
     model: FluxConfig,
     shift: ShiftConfig,
-    encoders: Encoders,
-    transform: Transform,
-    device: torch.device,
+    empty_prompt: tuple[Tensor, Tensor] | None,
+    concepts: ConceptBank | None,
 ) -> Objective:
-    """networks: by role, the student and those that config.frozen names. model: the student's.
+    """networks: by role, those that config.trained and config.frozen name. model: the student's.
 
-    encoders, transform: for what a stage is shown besides its data.
+    empty_prompt: its text tokens [L, E] and pooled vector [P], where config.needs_empty_prompt.
+    concepts: of the safety stage.
     """
+    student = networks["student"]
     match config:
         case FlowMatchingConfig():
-            return FlowMatching(networks["student"], shift, config.guidance if model.guidance_embed else None)
+            return FlowMatching(student, shift, config.guidance if model.guidance_embed else None)
+        case GuidanceDistillationConfig():
+            assert empty_prompt is not None
+            if cast(Flux, networks["teacher"]).config.guidance_embed:
+                rule = "is told its guidance, and this stage learns from one that is guided by two passes"
+                raise ConfigError(
+                    "weights.teacher", "with guidance_in", rule, "Give the model from before, such as pro"
+                )
+            return GuidanceDistillation(config, student, networks["teacher"], shift, empty_prompt)
+        case LaddConfig():
+            told = config.student_guidance if model.guidance_embed else None
+            return Ladd(config, student, cast(Flux, networks["teacher"]), networks["discriminator"], shift, told)
         case SafetyConfig():
-            bank = encode_concepts(read_concepts(config.concepts), encoders, transform, device)
-            return Safety(networks["student"], networks["reference"], bank, config, shift)
+            assert concepts is not None
+            return Safety(student, networks["reference"], concepts, config, shift)
     raise AssertionError(config)

@@ -1,9 +1,11 @@
 """Choices of this room. Torch-free."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kontext_train.errors import ConfigError
+from kontext_train.models.config import DiscriminatorConfig
 
 
 @dataclass(slots=True)
@@ -11,7 +13,17 @@ class ObjectiveConfig:
     """Base of every stage's options; a stage's YAML picks the class."""
 
     trained: ClassVar[tuple[str, ...]] = ("student",)
-    encodes_text: ClassVar[bool] = False  # whether it has prompts of its own, beside those of the data
+    edits_only: ClassVar[bool] = False
+    needs_empty_prompt: ClassVar[bool] = False
+    # Cost of a step beside the student's forward and backward, in passes of networks of the student's shape.
+    passes_without_gradients: ClassVar[int] = 0
+    passes_through: ClassVar[int] = 0  # of a frozen role, forward and back to its inputs: twice the cost
+
+    @classmethod
+    def extra_passes(cls) -> int:
+        """In forward passes."""
+        return cls.passes_without_gradients + 2 * cls.passes_through
+
     frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
 
@@ -23,11 +35,71 @@ class FlowMatchingConfig(ObjectiveConfig):
 
 
 @dataclass(slots=True)
+class GuidanceDistillationConfig(ObjectiveConfig):
+    """guidance_distillation: a student with a guidance embedding learns a teacher's guided velocity, on edits."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    edits_only: ClassVar[bool] = True
+    needs_empty_prompt: ClassVar[bool] = True
+    passes_without_gradients: ClassVar[int] = 2  # the teacher's, with and without the prompt
+
+    guidance: tuple[float, float] = (1.0, 6.0)  # scales are drawn from here, and the student is good for them
+    interval: tuple[float, float] = (0.0, 1.0)  # times at which the teacher is guided; outside, its scale is 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance[0] < self.guidance[1] < math.inf:
+            rule = "must be a lower and a higher scale, not below 0"
+            raise ConfigError("objective.guidance", self.guidance, rule, "For example [1, 6]")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            rule = "must be an earlier and a later time from 0 to 1"
+            raise ConfigError("objective.interval", self.interval, rule, "[0, 1] guides everywhere")
+
+
+@dataclass(slots=True)
+class LaddConfig(ObjectiveConfig):
+    """ladd: a student of few steps learns from heads on a frozen teacher (Sauer et al. 2024, arXiv 2403.12015)."""
+
+    trained: ClassVar[tuple[str, ...]] = ("discriminator", "student")
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    passes_without_gradients: ClassVar[int] = 3  # the student makes, the teacher reads made and real
+    passes_through: ClassVar[int] = 1  # the teacher reads what the student made, in the student's phase
+
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    # Times that the student starts from, before the resolution shift: those of a sampler of so many steps. Falling.
+    times: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
+    probabilities: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])  # of each time
+    warmup_probabilities: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])  # easy ones first
+    warmup_steps: int = 500  # with those
+    renoise_mean: float = 1.0  # of the logit of the times at which the teacher reads
+    renoise_std: float = 1.0
+    gradient_penalty: float = 0.0  # weight of the heads' squared slope at real pictures; 0 costs nothing
+    gradient_penalty_std: float = 0.01  # step along which it is measured, relative to the features
+    student_guidance: float = 1.0  # told to a student, and to a teacher, that embed guidance
+    teacher_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.times or not all(0 < t <= 1 for t in self.times) or sorted(set(self.times))[::-1] != self.times:
+            rule = "must be falling times above 0, at most 1"
+            raise ConfigError("objective.times", self.times, rule, "For example [1.0, 0.75, 0.5, 0.25]")
+        for key in ("probabilities", "warmup_probabilities"):
+            given = getattr(self, key)
+            if len(given) != len(self.times) or min(given) < 0 or not math.isclose(sum(given), 1, abs_tol=1e-6):
+                rule = f"must be a probability for each of objective.times={self.times}, 1 in all"
+                raise ConfigError(f"objective.{key}", given, rule, "For example [0.7, 0.1, 0.1, 0.1] of four")
+        for key in ("warmup_steps", "gradient_penalty"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"objective.{key}", getattr(self, key), "must not be negative", "Use 0")
+        for key in ("renoise_std", "gradient_penalty_std"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"objective.{key}", getattr(self, key), "must be above 0", "See docs/distillation.md")
+
+
+@dataclass(slots=True)
 class SafetyConfig(ObjectiveConfig):
     """safety: concepts that must not be made are suppressed, against an attack on the conditioning (docs/safety.md)."""
 
     frozen: ClassVar[tuple[str, ...]] = ("reference",)
-    encodes_text: ClassVar[bool] = True
+    passes_without_gradients: ClassVar[int] = 1  # the reference's on the pack; concepts beside it are not counted
 
     concepts: str | None = None  # JSON Lines of prompts, their anchors and context images
     concepts_per_pack: int = 8  # suppressed beside each pack of ordinary samples; at most as many as these

@@ -1,5 +1,6 @@
 """Rectified-flow matching on ⟨context, image, prompt⟩ triplets (Batifol et al. 2025, arXiv 2506.15742, eq. 1)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from kontext_train.flow.path import interpolate, velocity
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.objectives.base import Loss
+from kontext_train.objectives.config import FlowMatchingConfig
 from kontext_train.randomness import VisitRandom
 
 
@@ -18,7 +20,7 @@ class FlowMatching:
     """loss = E ‖v_θ(z_t, t, context, text) − (ε − x)‖², the mean over samples of each sample's mean over its tokens."""
 
     phases: tuple[str, ...] = ("student",)
-    extra_passes = 0.0
+    extra_passes = FlowMatchingConfig.extra_passes()
 
     def __init__(self, student: nn.Module, shift: ShiftConfig, guidance: float | None) -> None:
         """guidance: told to a student with a guidance embedding; None for one without."""
@@ -26,7 +28,7 @@ class FlowMatching:
         self.shift = shift
         self.guidance = guidance
 
-    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss:
+    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         lengths = batch.layout.target_lengths
         mu_S = mu_for_tokens(torch.tensor(lengths, dtype=torch.float32, device=batch.x_MC.device), self.shift)
         t_S = logit_normal(random.normal_per_visit("t", batch.visits), mu_S)
@@ -35,6 +37,9 @@ class FlowMatching:
         error_M = velocity_error(self.modules["student"], batch, t_S, noise_MC, guidance_S)
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        return None
 
 
 def velocity_error(

@@ -10,6 +10,7 @@ is ‖v_θ − v_ref‖² on ordinary triplets.
 Legend: S samples of a pack, or concepts beside it; M target tokens; C channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +43,7 @@ class _Revival:
 
 class Safety:
     phases: tuple[str, ...] = ("student",)
-    extra_passes = 1.0  # the reference's on the pack; concepts beside it are not counted
+    extra_passes = SafetyConfig.extra_passes()
 
     def __init__(
         self, student: nn.Module, reference: nn.Module, concepts: ConceptBank, config: SafetyConfig, shift: ShiftConfig
@@ -52,7 +53,7 @@ class Safety:
         self.reference, self.concepts, self.config, self.shift = reference, concepts, config, shift
         self.budget = Budget(config.text_budget, config.pooled_budget, config.context_budget)
 
-    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Loss:
+    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         revival = self._revive(batch, random)  # first: no graph of the loss waits while the attack goes back and forth
         weight_M = _mean_weight_M(revival.cond.layout, batch.weight_S.sum())
         v_MC = self._student(revival.z_MC, revival.t_S, revival.cond)
@@ -65,6 +66,9 @@ class Safety:
         metrics = {"loss": value, "retain": retain, "suppress": suppress}
         metrics |= {"distance_to_concept": to_concept, "distance_of_anchor": apart}
         return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        return None
 
     def _retain(self, batch: PackedBatch, random: VisitRandom) -> Tensor:
         """This pack's share of the mean over the step's samples."""

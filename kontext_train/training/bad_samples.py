@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from kontext_train.data.batch import BadSampleNote
 from kontext_train.errors import ConfigError
+from kontext_train.training.checkpoint_files import put
 
 FEWEST_SAMPLES = 10_000  # a fraction of fewer says nothing
 
@@ -56,6 +57,5 @@ class BadSamples:
         self.count, self.seen = state["count"], state["seen"]
         if self.is_main and self.file.is_file():
             lines = self.file.read_text().splitlines(keepends=True)
-            self.file.write_text(
-                "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-            )
+            kept = (line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            put(self.file, "".join(kept).encode())

@@ -20,8 +20,7 @@ FREE = (
     "health.memory_history",
     "health.max_rollbacks",
     "profiler.*",
-    "weights.student",
-    "weights.teacher",
+    "weights.teacher",  # wherever it is now, its digest must be the same
     "weights.reference",
     "validation.*",
     "data.validation",
@@ -86,13 +85,16 @@ def _within(key: str, names: Sequence[str]) -> bool:
 
 def _is_free(key: str, now: dict[str, Any]) -> bool:
     if key == "run.steps":  # a longer run is a longer run, unless the rate is a function of its length
-        return now["schedule"]["name"] == "constant"
+        return now["schedule"]["name"] == now["discriminator_schedule"]["name"] == "constant"
+    if key == "weights.student":  # the start of a run of all weights has no effect any more; adapters' base is known
+        return now["lora"]["rank"] > 0
     return any(fnmatchcase(key, p) for p in FREE) and not any(fnmatchcase(key, p) for p in PRECISIONS)
 
 
 def _decides_tensors(key: str, was: Any, now: Any) -> bool:
     if key == "ema.half_life_images":
         return not (was > 0 and now > 0)
-    return key in ("optimizer.name", "optimizer.moments") or (
-        key.startswith(("model.", "lora.")) and not key.startswith("model.init.")
+    named = ("optimizer.name", "optimizer.moments", "lora.rank", "lora.targets")
+    return key.removeprefix("discriminator_") in named or (
+        key.startswith(("model.", "objective.discriminator.")) and not key.startswith("model.init.")
     )

@@ -13,7 +13,6 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from kontext_train.distributed.reduce import from_main
 from kontext_train.errors import ConfigError
-from kontext_train.training.checkpoint_files import COMPLETE, RECORD, damage, place, storage_reader
+from kontext_train.training.checkpoint_files import COMPLETE, RECORD, damage, place, record_is_whole, storage_reader
 
 
 def checkpoints_folder(run_dir: Path, given: str | None) -> Path:
@@ -47,9 +46,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def find_resume(resume: str, folder: Path) -> list[Path]:
     """The checkpoints to go on from, newest first: the next is for when one turns out to be damaged. [] starts afresh.
 
-    resume: `auto` takes the complete checkpoints of `folder`; `none` insists on a folder without any; a step folder is
-    where a run begins, and once the run has checkpoints of its own it goes on from those, so that a requeued job does
-    not begin again.
+    resume: `auto` takes the complete checkpoints of `folder`; `none` insists on a folder without any; a step folder of
+    another run is where a run begins, and once the run has checkpoints of its own it goes on from those, so that a
+    requeued job does not begin again.
     """
     existing = complete_checkpoints(folder)[::-1]
     if resume == "none" and existing:
@@ -58,12 +57,14 @@ def find_resume(resume: str, folder: Path) -> list[Path]:
     if resume in ("auto", "none"):
         return existing
     named = place(resume)
-    if existing and named.resolve().parent != folder.resolve():
+    if named.resolve().parent == folder.resolve():
+        rule = "is one of the run's own checkpoints, which it would have gone beyond when it is started again"
+        raise ConfigError(
+            "run.resume", resume, rule, "Use auto for the newest; to go back, first remove the newer ones"
+        )
+    if existing:
         return existing
     read_record(named, key="run.resume")
-    if existing and named.resolve() != existing[0].resolve():
-        rule = f"but {existing[0].name} is newer and the two would mix"
-        raise ConfigError("run.resume", resume, rule, "Remove the newer ones, or use another run.dir")
     return [named]
 
 
@@ -73,22 +74,14 @@ def read_record(path: Path, key: str = "checkpoint") -> dict[str, Any]:
         rule = f"is not a complete checkpoint (it has no {COMPLETE} file)"
         raise ConfigError(key, str(path), rule, "Give a step_N folder that has one")
     try:
-        return _record(path)
+        return json.loads((path / RECORD).read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(key, str(path), f"is damaged: {RECORD}: {error}", "Use another checkpoint") from error
 
 
-def _record(path: Path) -> dict[str, Any]:
-    return json.loads((path / RECORD).read_bytes())
-
-
 def newest_readable(paths: Sequence[Path]) -> Path | None:
-    """The first of `paths` whose record can be read: enough to judge a configuration by, before the ranks meet."""
-    for path in paths:
-        with suppress(OSError, ValueError):
-            _record(path)
-            return path
-    return None
+    """The first of `paths` whose record is whole: enough to judge a configuration by, before the ranks meet."""
+    return next((path for path in paths if record_is_whole(path)), None)
 
 
 def newest_whole(resume: str, paths: Sequence[Path]) -> Path | None:

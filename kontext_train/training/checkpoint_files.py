@@ -52,9 +52,14 @@ class _Checked:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.sum = stream, Checksum(0, 0)
+        self.failed: OSError | None = None
 
     def write(self, data: Any) -> int:
-        written = self.stream.write(data)
+        try:
+            written = self.stream.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
         assert written == memoryview(data).nbytes, "buffered streams write all or raise"
         self.sum = Checksum(self.sum.bytes + written, zlib.crc32(data, self.sum.crc32))
         return written
@@ -84,7 +89,12 @@ class _WithChecksums:
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         with super().create_stream(path, mode) as stream:  # type: ignore[misc]
             checked = _Checked(stream)
-            yield checked
+            try:
+                yield checked
+            except Exception as error:
+                if checked.failed is None:
+                    raise
+                raise checked.failed from error  # torch's archive writer says "unexpected pos" of a full disk
         self.checksums[PurePath(path).name] = checked.sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -168,14 +178,30 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> list[str]:
     world size a rank reads what it is about to load.
     """
     try:
-        raw = (path / CHECKSUMS).read_bytes()
-        if f"{zlib.crc32(raw):08x}\n".encode() != (path / COMPLETE).read_bytes():
-            return [f"{CHECKSUMS} is not what {COMPLETE} was written for"]
-        listed = {name: Checksum(**written) for name, written in json.loads(raw).items()}
-    except (OSError, ValueError) as error:
-        return [f"{CHECKSUMS} cannot be read ({error})"]
+        listed = _listed(path)
+    except ValueError as error:
+        return [str(error)]
     found = {name: _damage(path / name, listed[name]) for name in list(listed)[share::shares]}
     return [f"{name} {how}" for name, how in found.items() if how]
+
+
+def record_is_whole(path: Path) -> bool:
+    """Whether the record of a complete checkpoint is as it was written, whatever became of the tensors."""
+    try:
+        return not _damage(path / RECORD, _listed(path)[RECORD])
+    except ValueError:
+        return False
+
+
+def _listed(path: Path) -> dict[str, Checksum]:
+    """Of the files of a complete checkpoint. Raises ValueError if the list itself is damaged."""
+    try:
+        raw = (path / CHECKSUMS).read_bytes()
+        if f"{zlib.crc32(raw):08x}\n".encode() == (path / COMPLETE).read_bytes():
+            return {name: Checksum(**written) for name, written in json.loads(raw).items()}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{CHECKSUMS} cannot be read ({error})") from error
+    raise ValueError(f"{CHECKSUMS} is not what {COMPLETE} was written for")
 
 
 def _damage(file: Path, written: Checksum) -> str:

@@ -84,7 +84,7 @@ class ScheduleConfig:
 
 @dataclass(slots=True)
 class DiscriminatorOptimizerConfig(OptimizerConfig):
-    """The same options for the phase that trains a discriminator, with no memory of where the student was."""
+    """The same options for the phase that trains a discriminator. No momentum: what it judges changes every step."""
 
     key: ClassVar[str] = "discriminator_optimizer"
 
@@ -193,7 +193,7 @@ class RunConfig:
     steps: int = 1000
     microbatches: int = 1  # packs that each rank accumulates before an update
     resume: str = (
-        "auto"  # auto: the newest complete checkpoint of run.dir; none: refuse a used folder; or a step folder
+        "auto"  # auto: the newest complete checkpoint of the run; none: refuse a used folder; or another run's step
     )
     log_every_steps: int = 10
     save_every_steps: int = 1000

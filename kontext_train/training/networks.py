@@ -3,16 +3,18 @@
 from dataclasses import replace
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from kontext_train.distributed.config import Float8, ParallelConfig, Precision, Reshard
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
-from kontext_train.distributed.parallelize import parallelize
+from kontext_train.distributed.parallelize import parallelize, shard
 from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
 from kontext_train.models.attention import AttentionFunction
-from kontext_train.models.config import FluxConfig
+from kontext_train.models.config import DiscriminatorConfig, FluxConfig
+from kontext_train.models.discriminator import Discriminator
 from kontext_train.models.flux import Flux
-from kontext_train.models.weights import embeds_guidance, load
+from kontext_train.models.weights import embeds_guidance, initialise, load
 
 
 def frozen_network(
@@ -38,12 +40,26 @@ def frozen_network(
         if world.cp_group is not None:
             split_sequence(network, world.cp_group)
         parallelize(network, world.mesh, _as_frozen(parallel), static_tokens)
+        register_fsdp_forward_method(network, "features")
         network.to_empty(device="cpu" if parallel.cpu_offload else world.device)
         load(network, path)
     except ValueError as error:
         rule = "must hold a network of the student's shape"
         raise ConfigError(f"weights.{role}", path, rule, str(error)) from error
     return network
+
+
+def new_discriminator(
+    config: DiscriminatorConfig, model: FluxConfig, parallel: ParallelConfig, world: World, seed: int
+) -> Discriminator:
+    """Heads on the blocks of a network of the shape `model`, sharded like it."""
+    with torch.device("meta"):
+        heads = len(config.blocks_of(model))
+        discriminator = Discriminator(heads, model.hidden_size, config.channels, model.vec_in_dim)
+    shard(discriminator, world.mesh, parallel, parallel.param_dtype)
+    discriminator.to_empty(device="cpu" if parallel.cpu_offload else world.device)
+    initialise(discriminator, model.init, seed)
+    return discriminator
 
 
 def _as_frozen(parallel: ParallelConfig) -> ParallelConfig:

@@ -8,6 +8,8 @@ them apart is the time each takes for what it does alone:
     update    its own optimizer step (Muon's has an exchange in it)
     save      its part in saving; where a save waits for other ranks, their time is in it
 
+Encoding is not timed: sharded encoders wait for one another. Nor is the backward pass, in which gradients are summed.
+
 On a GPU, train and update are timed by events, read at a log step only.
 """
 

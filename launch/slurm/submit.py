@@ -22,7 +22,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from kontext_train.config import TrainConfig, check, register_schemas, typed
+from kontext_train.config import TrainConfig, check, check_weights, register_schemas, typed
 from kontext_train.errors import ConfigError
 from kontext_train.train import member_name
 from launch.slurm.chain import Stage, read_chain
@@ -192,6 +192,7 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
 def _checked(request: Request, overrides: list[str]) -> TrainConfig:
     config = typed(compose("train", overrides=overrides))
     check(config, request.nodes * request.ranks)
+    check_weights(config)
     if config.run.resume == "none":
         raise ConfigError("run.resume", "none", "would end a job that is queued again", "Leave it at auto")
     if config.run.resume != "auto" and Path(config.run.resume).resolve().is_relative_to(Path(config.run.dir).resolve()):

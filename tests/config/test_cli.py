@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from kontext_train.config import check
+from kontext_train.config import check, check_weights, with_absolute_paths
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
 from kontext_train.sample import main as sample_main
@@ -95,8 +95,7 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("data.train=/nowhere", 1, r"data\.train='/nowhere': must be a folder of indexed shards"),
         ("data.validation=/nowhere", 1, r"data\.validation='/nowhere': must be a folder"),
         ("encoders.path=/nowhere", 1, r"encoders\.path='/nowhere': .*vae/config\.json is missing"),
-        ("weights.student=/nowhere", 1, r"weights\.student='/nowhere': must exist"),
-        ("weights.guidance_in=add", 1, r"weights\.guidance_in='add': is about weights that are read"),
+        ("weights.guidance_in=drop", 1, r"weights\.guidance_in='drop': is about weights that are read"),
         ("weights={student: x, guidance_in: add}", 1, r"guidance_in='add': contradicts model\.guidance_embed=false"),
         ("profiler={steps: 1, ranks: [0, 1]}", 1, r"profiler\.ranks=\[0, 1\]: must be some of the ranks 0 to 0"),
         ("schedule.warmup_steps=2000", 1, r"schedule\.warmup_steps=2000: must not exceed run\.steps=1000"),
@@ -121,6 +120,9 @@ def test_bad_values_are_refused_by_key(override: str, message: str) -> None:
         ("parallel.dp_replicate=3", 4, r"dp_shard, cp=\(3, -1, 1\): dp_replicate x cp = 3 must divide the 4 processes"),
         ("+data.sources.web.path=/nowhere", 1, r"data\.sources\.web\.path='/nowhere': must be a folder"),
         ("+data.sources.web={path: /, max_pixels: 99}", 1, r"data\.sources\.web\.max_pixels=99: must hold at least"),
+        ("weights.teacher=x", 1, r"weights\.teacher='x': has no effect: this stage has no teacher"),
+        ("weights.frozen_dtype=float32", 1, r"weights\.frozen_dtype='float32': has no effect"),
+        ("discriminator_optimizer.lr=1", 1, r"discriminator_optimizer\.lr=1\.0: has no effect: this stage trains no"),
         ("parallel.dp_shard=2", 4, r"dp_shard, cp=\(1, 2, 1\): .* must be the number of processes, 4"),
     ],
 )
@@ -128,6 +130,54 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
     source = "data.train=''" if "sources" in override else f"data.train={shards}"
     with pytest.raises(ConfigError, match=message):
         check(small_config(shards, tmp_path, source, override), world)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=ladd"], r"weights\.teacher=None: must be given: this stage learns from a frozen teacher"),
+        (["stage=ladd", "weights.teacher=/nowhere"], r"weights\.teacher='/nowhere': must exist"),
+        (["stage=ladd", "weights.reference=x"], r"weights\.reference='x': has no effect: this stage has no reference"),
+        (["stage=ladd", "parallel.cp=2"], r"parallel\.cp=2: gives each rank some tokens of a picture, and the heads"),
+        (["stage=ladd", "objective.discriminator.blocks=[7]"], r"discriminator\.blocks=\[7\]: must be below 2"),
+        (
+            ["stage=ladd", "objective.discriminator.blocks=[1,0]"],
+            r"discriminator\.blocks=\[1, 0\]: must be .* ascending",
+        ),
+        (["stage=ladd", "objective.times=[0.5,1]"], r"objective\.times=\[0\.5, 1\.0\]: must be falling"),
+        (
+            ["stage=ladd", "objective.probabilities=[1]"],
+            r"objective\.probabilities=\[1\.0\]: must be a probability for",
+        ),
+        (["stage=ladd", "discriminator_optimizer.lr=0"], r"discriminator_optimizer\.lr=0\.0: must be positive"),
+        (
+            ["stage=guidance_distillation", "model.guidance_embed=false", "weights.guidance_in=require"],
+            r"model\.guidance_embed=False: but guidance_distillation trains a student that is told",
+        ),
+        (["stage=guidance_distillation", "objective.guidance=[4,2]"], r"objective\.guidance=.*: must be a lower and a"),
+        (["stage=guidance_distillation", "objective.interval=[0,2]"], r"objective\.interval=.*: must be an earlier"),
+    ],
+)
+def test_stages_check_their_roles_and_options(shards: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(small_config(shards, tmp_path, "weights.student=quickstart/encoders", *overrides), 2)
+
+
+def test_weights_to_begin_with_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"weights\.student='/nowhere': must exist"):
+        check_weights(compose_config("weights.student=/nowhere"))
+
+
+def test_what_a_run_records_names_the_same_files_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("data=mixture", "data.sources.edits.path=a", "data.sources.text_to_image.path=s3://bucket/b")
+    given += ("weights.student=w.safetensors", "checkpoint.folder=kept", "run.resume=old/step_00000001", "run.dir=out")
+    monkeypatch.chdir("/tmp")
+    config = with_absolute_paths(compose_config(*given, "encoders.path=../usr"))
+    assert [source.path for source in config.data.sources.values()] == ["/tmp/a", "s3://bucket/b"]
+    assert (config.weights.student, config.checkpoint.folder) == ("/tmp/w.safetensors", "/tmp/kept")
+    assert (config.run.resume, config.encoders.path) == ("/tmp/old/step_00000001", "/tmp/../usr")
+    assert (config.run.dir, config.data.train, config.data.validation) == ("out", "", None)
+    assert with_absolute_paths(compose_config("run.resume=none")).run.resume == "none"
 
 
 def test_sources_come_from_a_recipe_and_from_the_command_line() -> None:

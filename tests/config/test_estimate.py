@@ -1,5 +1,6 @@
 """What a user of kontext-estimate sees."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_shards_and_a_simulation(shards: Path) -> None:
     )
     assert f"first steps of {shards}" in text
     assert "all-gather of 4 ranks, GB" in text
+
+
+def test_ladd_costs_eight_forward_passes() -> None:
+    """Instead of three."""
+    rows = {}
+    for stage in ("flow_finetune", "ladd"):
+        text = estimated(composed(*TINY, f"stage={stage}", "world=4", "run.microbatches=32"))
+        names = ("useful TFLOP", "computed TFLOP")
+        found = [re.search(rf"^  {name} +([\d.]+)", text, re.MULTILINE) for name in names]
+        rows[stage] = [float(match[1]) for match in found if match]
+    useful, computed = (b / a for a, b in zip(rows["flow_finetune"], rows["ladd"], strict=True))
+    assert useful == pytest.approx(8 / 3, rel=0.02)
+    assert computed == pytest.approx(8 / 3, rel=0.02)
+
+
+def test_recipes_compose_for_64_gpus() -> None:
+    for recipe in ("pro", "dev", "max"):
+        config = composed(f"experiment={recipe}", "world=64")
+        assert config.parallel.activation_checkpointing.value == "selective"
+        assert config.data.tokens_per_pack % 8704 == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,12 +86,17 @@ def test_ranks_that_saw_no_collective_fail_took_no_part() -> None:
 def written(
     folder: Path, processes: int, function: Callable[..., None], *arguments: object
 ) -> tuple[Path, list[BaseProcess]]:
-    """Started ranks whose stderr goes to files in a folder."""
+    """Started ranks whose stderr goes to files in a folder. Rank 0 keeps the store, as where torchrun does not."""
     folder.mkdir(exist_ok=True)
-    return folder, start(processes, _written_to, folder, function, *arguments)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return folder, start(processes, _written_to, folder, port, function, *arguments)
 
 
-def _written_to(folder: Path, function: Callable[..., None], *arguments: object) -> None:
+def _written_to(folder: Path, port: int, function: Callable[..., None], *arguments: object) -> None:
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+    os.environ["MASTER_PORT"] = str(port)
     os.dup2(os.open(folder / f"stderr.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     function(*arguments)

@@ -1,5 +1,6 @@
 """Traffic, time and constants: each against a number got in another way."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,17 @@ from kontext_train.distributed.config import Checkpointing
 from kontext_train.errors import ConfigError
 from kontext_train.estimation import encoders as released
 from kontext_train.estimation.config import GPU, Assumptions, ClusterConfig, Sample
-from kontext_train.estimation.estimate import estimate, traced
+from kontext_train.estimation.estimate import estimate, network_of, roles, sharding_of, traced
 from kontext_train.estimation.gpus import DATA_SHEETS
+from kontext_train.estimation.memory import held, largest, moments, moments_through
 from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.roofline import Work, step_time
 from kontext_train.estimation.simulation import Meter
 from kontext_train.estimation.traffic import Collective
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import BaseDtype, EncodersConfig, FluxConfig, LoraConfig
 from kontext_train.models.flux import Flux
+from kontext_train.models.lora import adapt
+from kontext_train.objectives.config import LaddConfig
 from tests.estimation.cases import MODEL, PACK, setup
 from tests.runs import ENCODERS
 
@@ -54,12 +58,45 @@ def test_each_part_of_a_step_takes_its_time_and_collectives_hide_behind_computat
     assert compiled == pytest.approx(sure.compiled_traffic)
 
 
+def test_ladd_adds_a_teacher_its_activations_its_gathers_and_heads() -> None:
+    """What the student kept waits while as much again is kept for the way through the teacher."""
+    plain = setup()
+    ladd = replace(plain, stage=LaddConfig())
+    cluster, parts = ClusterConfig(world=4), traced(plain)
+    network = network_of(plain.model, plain.parallel, cluster.world, parts)
+    sharding = sharding_of(plain.model, plain.parallel, cluster.world)
+    base = held(roles(plain, network, sharding), 0.0)
+    alone = largest(m for m in moments(base, network, sharding, False) if not m.name.startswith("reducing"))
+    through = largest(moments_through(base, network, sharding, False))
+    kept = network.ends.cost.kept + sum(block.cost.kept for block in network.blocks)
+    assert through.name.startswith("teacher: ")
+    assert kept < through.memory.activations <= alone.memory.activations + kept
+
+    names = [{role.name for role in roles(case, network, sharding)} for case in (plain, ladd)]
+    assert names[1] - names[0] == {"teacher", "discriminator"}
+    frozen = held(roles(ladd, network, sharding), 0.0).frozen - base.frozen
+    assert frozen == pytest.approx(2 * network.elements / 4)
+    gathers = {c.kind: c.whole for c in estimate(ladd, cluster, parts).collectives}["all-gather"]
+    before = {c.kind: c.whole for c in estimate(plain, cluster, parts).collectives}["all-gather"]
+    assert gathers - before == pytest.approx(
+        5 * sharding.wire_bytes * network.elements
+    )  # 3 forward, 2 of there and back
+
+
 def test_a_checkpoint_has_weights_moments_and_average_once_however_it_is_sharded() -> None:
     parameters = sum(p.numel() for p in Flux(MODEL).parameters())
     for parallel in ({}, {"dp_replicate": 2}, {"cp": 2}, {"cpu_offload": True}):
         case = setup(ema=True, **parallel)
         found = estimate(case, ClusterConfig(world=4), traced(case)).checkpoint
         assert found == pytest.approx(16 * parameters, rel=0.01)  # rows are shared out unequally
+    for base in BaseDtype:  # which no checkpoint holds
+        case = setup(ema=True, lora=LoraConfig(rank=8, base_dtype=base))
+        with torch.device("meta"):
+            adapted = Flux(MODEL)
+        adapt(adapted, case.lora)
+        adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        found = estimate(case, ClusterConfig(world=4), traced(case)).checkpoint
+        assert found == pytest.approx(16 * adapters, rel=0.01)
 
 
 def test_float8_needs_its_units() -> None:

@@ -27,7 +27,7 @@ from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
 from kontext_train.training.stability import Stability, Unstable
 from tests.integration.test_train import largest_difference, losses, weights
-from tests.runs import in_processes, run, small_config
+from tests.runs import broken_copy, in_processes, run, small_config
 
 ONE_WINDOW = "data.window_samples=200"  # so that a place in the data is a number of steps
 
@@ -202,6 +202,20 @@ def test_rollbacks_are_bounded_and_need_a_checkpoint(shards: Path, tmp_path: Pat
     with pytest.raises(Unstable, match="step 2, phase student") as stopped:
         train(small_config(shards, tmp_path / "early", *options))
     assert any("no rollback (health.max_rollbacks)" in note for note in stopped.value.__notes__)
+
+
+def test_bad_samples_of_a_step_that_is_rolled_back_are_named(shards: Path, tmp_path: Path) -> None:
+    options = ("run.steps=6", "run.save_every_steps=2", "data.max_bad_fraction=0.5", ONE_WINDOW)
+    poison(float("nan"), [4])
+    with pytest.raises(Unstable):
+        train(small_config(shards, tmp_path / "finds", *options))
+    key = events(tmp_path / "finds")[0]["packs"][0]["samples"][0]  # of the fourth step
+    broken = broken_copy(shards, tmp_path / "broken", [int(key.rpartition("_")[2])])
+    train(small_config(broken, tmp_path / "run", *options, "health.max_rollbacks=1"))
+    assert [e["event"] for e in events(tmp_path / "run")] == ["not finite", "rolled back"]
+    (noted,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert key.rpartition(":")[2] in noted
+    assert checkpoint.read_record(resolve(tmp_path / "run"))["bad_samples"]["count"] == 1
 
 
 def test_a_rollback_that_fails_hides_no_cause(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

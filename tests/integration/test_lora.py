@@ -1,6 +1,8 @@
 """Whole LoRA runs: only adapters train and are kept, and a run is the same however it is cut."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,7 +127,11 @@ def rounded_to_float8(name: str, value: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_eager_run_and_compiles_no_more(shards: Path, base: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_is_the_eager_run_and_compiles_no_more(
+    shards: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Derivatives are traced, without code generation, which a run that trains all weights has in test_train.py."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     options = ("run.steps=2", "data.pad_packs=true", "parallel.activation_checkpointing=selective")
     run(lora_config(shards, base, tmp_path / "eager", *options))
     run(lora_config(shards, base, tmp_path / "compiled", *options, "parallel.compile=true"))
@@ -179,10 +185,20 @@ def test_a_resume_needs_the_same_base_and_the_same_adapters(
     on = ("run.steps=11", "run.microbatches=2")
     with pytest.raises(ConfigError, match=r"weights\.student=.*holds other weights than those that .* adapts"):
         train(lora_config(shards, other, straight, *on))
-    with pytest.raises(ConfigError, match=r"lora\.alpha=16\.0: but .* was saved with 8\.0"):
+    with pytest.raises(ConfigError, match=r"run\.allow_changes=\[\]: .*lora\.alpha \(was 8\.0, now 16\.0\)"):
         train(lora_config(shards, base, straight, *on, "lora.alpha=16"))
     with pytest.raises(ConfigError, match=r"lora\.rank=0: but .* was saved with 4"):
         train(small_config(shards, straight, THETA, *on))
+
+
+def test_another_machine_may_keep_the_base_in_another_type(
+    shards: Path, base: Path, straight: Path, tmp_path: Path
+) -> None:
+    """No checkpoint holds the base, so only the permission is asked for."""
+    shutil.copytree(straight, tmp_path / "run")
+    on = ("run.steps=11", "run.microbatches=2", "lora.base_dtype=float8", "run.allow_changes=[lora.base_dtype]")
+    run(lora_config(shards, base, tmp_path / "run", *on))
+    assert resolve(tmp_path / "run").name == "step_00000011"
 
 
 def test_sampling_weights_are_base_and_adapters(shards: Path, base: Path, straight: Path) -> None:

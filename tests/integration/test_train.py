@@ -161,8 +161,9 @@ def test_an_unfinished_save_is_neither_taken_nor_kept(shards: Path, tmp_path: Pa
 def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path: Path) -> None:
     run(small_config(shards, tmp_path / "first", "run.steps=3", "run.save_every_steps=1"))
     old = tmp_path / "first" / "checkpoints" / "step_00000002"
-    with pytest.raises(ConfigError, match=r"run\.resume=.*but step_00000003 is newer"):
-        train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={old}"))
+    for own in (old, old.with_name("step_00000003")):  # the newest too: it is so only until the next save
+        with pytest.raises(ConfigError, match=r"run\.resume=.*step_0000000\d': is one of the run's own checkpoints"):
+            train(small_config(shards, tmp_path / "first", "run.steps=4", f"run.resume={own}"))
     with pytest.raises(ConfigError, match=r"run\.resume='/nowhere': is not a complete checkpoint"):
         train(small_config(shards, tmp_path / "new", "run.resume=/nowhere"))
     branch = small_config(shards, tmp_path / "branch", "run.steps=4", f"run.resume={old}")
@@ -172,6 +173,28 @@ def test_an_older_checkpoint_is_not_mixed_with_newer_ones(shards: Path, tmp_path
     shutil.rmtree(old)  # pruned by the run it came from
     run(branch)  # as a requeued job would: it goes on with its own checkpoint, which is the last
     assert [r["step"] for r in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in r] == [3, 4]
+
+
+@pytest.mark.parametrize("where", ['"plan": "', '"lr": 0.00', '"config'])
+def test_a_flipped_bit_of_a_record_is_damage_and_no_change_of_options(
+    shards: Path, tmp_path: Path, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(small_config(shards, tmp_path, "run.steps=2", "run.save_every_steps=1"))
+    record = tmp_path / "checkpoints" / "step_00000002" / "record.json"
+    raw = bytearray(record.read_bytes())
+    raw[raw.index(where.encode()) + len(where)] ^= 1
+    record.write_bytes(raw)
+    run(small_config(shards, tmp_path, "run.steps=3", "run.save_every_steps=1"))
+    told = capfd.readouterr().err
+    assert "step_00000002 is damaged: record.json has other bytes than were written" in told
+    assert f"going on from {record.parent.with_name('step_00000001')}" in told
+    assert resolve(tmp_path).name == "step_00000003"
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir='.*/file/run': cannot be written to: .*Not a directory"):
+        train(small_config(shards, tmp_path / "file" / "run"))
 
 
 def test_optimizer_options_of_a_resumed_run_are_its_own(shards: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kontext_train.config import as_yaml
+from kontext_train.config import TrainConfig, as_yaml
 from kontext_train.data.encode import load_encoders
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, load_trained, read_config, resolve
@@ -117,11 +118,19 @@ def test_a_run_starts_from_an_export(trained_run: Path, shards: Path, tmp_path: 
     out = tmp_path / "start.safetensors"
     export(ExportConfig(str(trained_run), str(out), dtype=StorageDtype.float32))
     small_step = ("run.steps=1", "optimizer.lr=1e-12", f"weights.student={out}")
-    run(small_config(shards, tmp_path / "run", *small_step), processes)
+    config = small_config(shards, tmp_path / "run", *small_step)
+    run(config, processes)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
     model = load_model(checkpoint, read_config(checkpoint), ema=False)
     for name, tensor in load_file(out).items():
         torch.testing.assert_close(dict(model.named_parameters())[name].detach(), tensor, rtol=0, atol=1e-8)
+    out.rename(tmp_path / "moved.safetensors")
+    config.run.steps = 2
+    run(config)  # goes on without it
+    assert resolve(tmp_path / "run").name == "step_00000002"
+    config.weights.student = str(tmp_path / "moved.safetensors")
+    with pytest.raises(ConfigError, match=r"run\.allow_changes=\[\]: .*weights\.student \(was .*start"):
+        train(config)  # another start has no effect any more
 
 
 def test_a_used_folder_is_not_overwritten_unasked(trained_run: Path, shards: Path) -> None:
@@ -209,21 +218,36 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     assert refused.returncode == 2, refused.stderr
     assert "run.allow_changes=[]: does not name all that changed since " in refused.stderr
     assert "optimizer.lr (was 0.01, now 0.001)." in refused.stderr
-    done = outcome([*kontext_train, str(folder), "run.steps=32"], tmp_path)
+    done = outcome([*kontext_train[:-1], f"--resume-run={folder}", "run.steps=32"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from {folder}/checkpoints/step_00000030" in done.stderr
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 33))
-    again = of_run([str(folder)])
-    expected = of_run([str(trained_run), "run.steps=32"])
-    expected.run.dir = again.run.dir
-    assert again == expected
-    began = of_run([str(folder), f"run.resume={trained_run}/checkpoints/step_00000030"])
-    put(folder / "config.yaml", as_yaml(began).encode())
-    assert of_run([str(folder)]).run.resume == "auto", "where it once began is not where it goes on"
+    assert of(folder) == replace(of(trained_run, "run.steps=32"), run=of(folder).run)
     with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
-        of_run([str(folder), "run.stepz=3"])
+        of(folder, "run.stepz=3")
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
-        of_run(["/nowhere"])
+        of(Path("/nowhere"))
+
+
+def of(folder: Path, *changes: str) -> TrainConfig:
+    return of_run(["--resume-run", str(folder), *changes])
+
+
+def test_a_run_folder_remembers_where_it_began_and_what_its_last_start_allowed(
+    trained_run: Path, shards: Path, tmp_path: Path
+) -> None:
+    """It may have been killed before a checkpoint held either."""
+    start = f"run.resume={trained_run}/checkpoints/step_00000030"
+    allowed = ("optimizer.lr=1e-3", "run.allow_changes=[optimizer.lr]")
+    config = small_config(shards, tmp_path, "run.steps=31", *AS_TRAINED, start, *allowed)
+    put(tmp_path / "config.yaml", as_yaml(config).encode())
+    assert of(tmp_path).run.resume == f"{trained_run}/checkpoints/step_00000030"
+    assert of(tmp_path).run.allow_changes == ["optimizer.lr"]
+    assert of(tmp_path, "run.steps=32").run.allow_changes == [], "what comes now was never allowed"
+    run(of(tmp_path))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r] == [31]
+    put(tmp_path / "config.yaml", as_yaml(small_config(shards, tmp_path, "run.resume=none")).encode())
+    assert of(tmp_path).run.resume == "auto"
 
 
 def test_allowed_changes_are_made(trained_run: Path, shards: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def batch() -> PackedBatch:
 
 
 def test_a_student_that_is_the_reference_keeps_everything_and_has_the_concept(model: torch.nn.Module) -> None:
-    loss = stage(model, model, attack_steps=0).loss("student", batch(), RANDOM)
+    loss = stage(model, model, attack_steps=0).loss("student", batch(), RANDOM, 0)
     assert loss.metrics["retain"] == 0
     assert loss.metrics["distance_to_concept"] == 0
     assert loss.metrics["suppress"] == pytest.approx(float(loss.metrics["distance_of_anchor"]))
@@ -101,7 +101,7 @@ def test_the_anchor_is_the_prompt_given_or_the_concept_turned_round(model: torch
     turned = pack.turned_S[pack.concept.layout.sample_of_target_M][:, None]
     expected = torch.where(turned, 3 * to_anchor - 2 * to_concept, to_anchor)
     torch.testing.assert_close(revival.benign_MC, expected)
-    loss = safety.loss("student", batch(), RANDOM)
+    loss = safety.loss("student", batch(), RANDOM, 0)
     error = predict_velocity(other, revival.z_MC, revival.t_S, revival.cond) - expected
     means = [part.square().mean() for part in error.split(pack.concept.layout.target_lengths)]
     assert loss.metrics["suppress"] == pytest.approx(float(sum(means) / 2), rel=1e-5)
@@ -113,12 +113,12 @@ def test_gradients_reach_the_student_alone_and_not_through_the_attack(model: tor
     safety = stage(student, model, attack_steps=2, context_budget=0.1)
     torch.manual_seed(4)
     given = batch()
-    safety.loss("student", given, RANDOM).value.backward()
+    safety.loss("student", given, RANDOM, 0).value.backward()
     found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())
     revival = safety._revive(given, RANDOM)  # as a constant
     safety._revive = lambda *_: revival  # type: ignore[method-assign]
     student.zero_grad()
-    safety.loss("student", given, RANDOM).value.backward()
+    safety.loss("student", given, RANDOM, 0).value.backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, found[name], msg=name)

@@ -1,4 +1,4 @@
-"""The safety demonstration measures what it says: scenarios are free of the concept, and shares have their intervals."""
+"""The safety demonstration measures what it says: scenarios are free of the concept, shares have their intervals."""
 
 import re
 from pathlib import Path

@@ -334,6 +334,19 @@ def test_a_spoilt_disk_is_named_and_earlier_checkpoints_stay(tmp_path: Path, how
         in_processes(2, run_into, folder, disk, spoil, message)
 
 
+@pytest.mark.parametrize("room", ["40k", "100k", "200k", "400k", "700k"])
+def test_a_disk_that_fills_within_any_file_is_called_full(tmp_path: Path, room: str) -> None:
+    """torch's archive writer has words of its own for the error that its file raised."""
+    with small_disk(tmp_path / "disk", room) as disk, tiny_run(width=256) as run:
+        run.advance()
+        saver = Saver(disk / "run", CheckpointConfig())
+        with pytest.raises(
+            StorageError, match=r"step_00000001 could not be written \(rank 0: OSError: \[Errno 28\] No"
+        ):
+            run.save(saver, wait=True)
+        assert list((disk / "run").iterdir()) == []
+
+
 def test_a_disk_that_cannot_be_written_to_is_refused_before_training(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)

@@ -1,0 +1,176 @@
+"""Latent adversarial diffusion distillation (Sauer et al. 2024, arXiv 2403.12015): a student of few steps, no guidance.
+
+The student makes a picture in one step from one of a few times. Made and real pictures are noised again, the frozen
+teacher reads them, and heads on its blocks say which is which. No pixel is ever compared with another, so where many
+pictures are right the student may choose one; a regression would give their mean.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from kontext_train.data.batch import PackedBatch
+from kontext_train.flow.config import ShiftConfig
+from kontext_train.flow.path import interpolate
+from kontext_train.flow.timesteps import mu_for_tokens, shift
+from kontext_train.models.discriminator import neighbours
+from kontext_train.models.flux import Flux
+from kontext_train.models.kontext import block_features, predict_velocity
+from kontext_train.objectives.base import Loss
+from kontext_train.objectives.config import LaddConfig
+from kontext_train.randomness import VisitRandom
+
+
+class Ladd:
+    """Phase discriminator: hinge. Phase student: minus the logits of what it makes."""
+
+    phases: tuple[str, ...] = ("discriminator", "student")
+    extra_passes = LaddConfig.extra_passes()
+
+    def __init__(
+        self,
+        config: LaddConfig,
+        student: nn.Module,
+        teacher: Flux,
+        discriminator: nn.Module,
+        shift: ShiftConfig,
+        student_guidance: float | None,
+    ) -> None:
+        """student_guidance: told to a student with a guidance embedding; None for one without."""
+        self.modules: dict[str, nn.Module] = {"student": student, "discriminator": discriminator}
+        self.config, self.teacher, self.shift = config, teacher, shift
+        self.student_guidance = student_guidance
+        self.blocks = config.discriminator.blocks_of(teacher.config)
+
+    def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
+        match phase:
+            case "discriminator":
+                return self.discriminator_loss(batch, random, step)
+            case "student":
+                return self.student_loss(batch, random, step)
+        raise AssertionError(phase)
+
+    def discriminator_loss(self, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
+        with torch.no_grad():
+            made_MC = self.make("discriminator", batch, random, step)
+            t_S = self.renoise_times("discriminator", batch, random)
+            made = self.read("made", made_MC, t_S, batch, random)
+            real = self.read("real", batch.x_MC, t_S, batch, random)
+        views = [made, real]
+        if self.config.gradient_penalty:
+            views.append(self.nudged(real, batch, random))
+        logits_made_HM, logits_real_HM, *logits_nudged = self.judge(views, t_S, batch)
+        weight_M = batch.token_weight_M()
+        hinge_HM = relu(1 + logits_made_HM) + relu(1 - logits_real_HM)
+        value = hinge = (hinge_HM.mean(0) * weight_M).sum()
+        metrics = {
+            "discriminator/hinge": hinge,
+            "discriminator/logit_made": (logits_made_HM.mean(0) * weight_M).sum(),
+            "discriminator/logit_real": (logits_real_HM.mean(0) * weight_M).sum(),
+        }
+        for logits_HM in logits_nudged:
+            slope_HM = (logits_HM - logits_real_HM) / self.config.gradient_penalty_std
+            penalty = (slope_HM.square().mean(0) * weight_M).sum()
+            value = value + self.config.gradient_penalty * penalty
+            metrics["discriminator/gradient_penalty"] = penalty
+        right_HM = ((logits_made_HM < 0).float() + (logits_real_HM > 0).float()) / 2
+        for block, right_M in zip(self.blocks, right_HM, strict=True):
+            metrics[f"discriminator/accuracy_block_{block}"] = (right_M * weight_M).sum()
+        metrics["discriminator/accuracy"] = (right_HM.mean(0) * weight_M).sum()
+        return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
+
+    def student_loss(self, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
+        made_MC = self.make("student", batch, random, step)
+        t_S = self.renoise_times("student", batch, random)
+        (logits_HM,) = self.judge([self.read("student", made_MC, t_S, batch, random)], t_S, batch)
+        weight_M = batch.token_weight_M()
+        value = -(logits_HM.mean(0) * weight_M).sum()
+        metrics = {"loss": value.detach()}
+        for name, x_MC in (("made", made_MC.detach()), ("real", batch.x_MC)):
+            metrics[f"diversity_{name}"] = x_MC.std(dim=0).mean() * batch.weight_S.sum()
+        return Loss(value, metrics)
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        """means: metrics since the last log step."""
+        diversity = means["diversity_made"] / means["diversity_real"]
+        if not 0.5 < diversity < 2:
+            return (
+                f"the student's tokens vary {diversity:.2f} times as much as real ones (diversity_made over "
+                "diversity_real): it is collapsing. Go back to an earlier checkpoint with a lower optimizer.lr, or "
+                "with more samples in a step"
+            )
+        if means["discriminator/accuracy"] > 0.98:
+            return (
+                f"the discriminator is right about {means['discriminator/accuracy']:.1%} of tokens and teaches little. "
+                "Lower discriminator_optimizer.lr, or raise objective.gradient_penalty or renoise_mean"
+            )
+        return None
+
+    # -- pictures ------------------------------------------------------------------------------------------------
+
+    def make(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor:
+        """[M, C] pictures that the student makes in one step of real ones noised to one of its times."""
+        t_S = self.student_times(phase, batch, random, step)
+        t_M1 = t_S[batch.layout.sample_of_target_M][:, None]
+        noise_MC = self._noise(f"{phase} start", batch, random)
+        z_MC = interpolate(batch.x_MC, noise_MC, t_M1)
+        told = None if self.student_guidance is None else torch.full_like(t_S, self.student_guidance)
+        v_MC = predict_velocity(self.modules["student"], z_MC, t_S, replace(batch.cond, guidance_S=told))
+        return z_MC - t_M1 * v_MC.float()
+
+    def student_times(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor:
+        """[S], drawn from the few that a sampler of so many steps meets: shifted as its schedule is."""
+        config = self.config
+        probabilities = config.warmup_probabilities if step < config.warmup_steps else config.probabilities
+        device = batch.x_MC.device
+        below = torch.tensor(probabilities, device=device).cumsum(0)[:-1]
+        uniform_S = torch.special.ndtr(random.normal_per_visit(f"{phase} time", batch.visits))
+        t_S = torch.tensor(config.times, device=device)[torch.bucketize(uniform_S, below, right=True)]
+        return shift(t_S, mu_for_tokens(torch.tensor(batch.layout.target_lengths, device=device).float(), self.shift))
+
+    def renoise_times(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Tensor:
+        """[S] logit-normal (section 3.2): high noise shows the teacher structure, low noise texture."""
+        normal_S = random.normal_per_visit(f"{phase} renoise time", batch.visits)
+        return torch.sigmoid(self.config.renoise_mean + self.config.renoise_std * normal_S)
+
+    # -- verdicts ------------------------------------------------------------------------------------------------
+
+    def read(self, what: str, x_MC: Tensor, t_S: Tensor, batch: PackedBatch, random: VisitRandom) -> list[Tensor]:
+        """[M, D] of each block: what the teacher sees in pictures that are noised to t."""
+        noise_MC = self._noise(f"{what} renoise", batch, random)
+        z_MC = interpolate(x_MC, noise_MC, t_S[batch.layout.sample_of_target_M][:, None])
+        told = torch.full_like(t_S, self.config.teacher_guidance) if self.teacher.config.guidance_embed else None
+        return block_features(self.teacher, z_MC, t_S, replace(batch.cond, guidance_S=told), self.blocks)
+
+    def judge(self, views: list[list[Tensor]], t_S: Tensor, batch: PackedBatch) -> list[Tensor]:
+        """[H, M] logits of each whole set of target tokens in the views, through the heads in one pass."""
+        tokens, samples = len(batch.x_MC), len(t_S)
+        features = [torch.cat(parts) for parts in zip(*views, strict=True)]
+        times = len(features[0]) // tokens
+        layout = batch.layout
+        own = torch.cat([layout.sample_of_target_M + i * samples for i in range(times)])
+        logits = self.modules["discriminator"](
+            features,
+            t_S.repeat(times),
+            batch.cond.vec_SP.repeat(times, 1),
+            own,
+            neighbours(layout.shapes * times).to(own.device),
+        )
+        return list(logits.split(tokens, dim=1))
+
+    def nudged(self, features: list[Tensor], batch: PackedBatch, random: VisitRandom) -> list[Tensor]:
+        """Features with noise of gradient_penalty_std of their size: the heads' slope along it is the penalty, on the
+        heads' inputs as ADD's R1 is (Sauer et al. 2023, arXiv 2311.17042). A second derivative FSDP could not take.
+        """
+        lengths, found = batch.layout.target_lengths, []
+        for block, x_MD in zip(self.blocks, features, strict=True):
+            noise_MD = random.normal(f"nudge {block}", batch.visits, lengths, x_MD.shape[1])
+            size_M1 = x_MD.float().square().mean(-1, keepdim=True).sqrt()
+            found.append((x_MD + self.config.gradient_penalty_std * size_M1 * noise_MD).to(x_MD.dtype))
+        return found
+
+    def _noise(self, purpose: str, batch: PackedBatch, random: VisitRandom) -> Tensor:
+        return random.normal(purpose, batch.visits, batch.layout.target_lengths, batch.x_MC.shape[1])

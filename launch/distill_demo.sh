@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# From the quickstart's checkpoint through the chain pro -> dev on its small world, in outputs/distill: a teacher with a
+# step gap, LADD, the regression that it is held against, guidance distillation, and one table of numbers.
+# It can be interrupted and run again: it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-outputs/distill}
+QUICKSTART=${QUICKSTART:-outputs/quickstart}
+PYTHON=${PYTHON:-.venv/bin/python}
+GUIDANCE=2   # of the teacher, constant, as its targets are made
+STARTED=$SECONDS
+say() { printf '\n[%4d s] %s\n' $((SECONDS - STARTED)) "$*"; }
+both() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }   # a process on each core
+
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+[ -e "$QUICKSTART/run/config.yaml" ] || { echo "run launch/quickstart.sh first: $QUICKSTART/run is missing"; exit 1; }
+mkdir -p "$OUT"
+FLOW=(flow.base_mu=1.7 flow.max_mu=1.7)   # of the teacher: more weight where things are committed to than the quickstart
+QUIET=(logging.progress_bar=false logging.wandb=disabled)
+
+say "drawing pictures of one thing, and edits: $OUT/one_thing, $OUT/edits"
+[ -e "$OUT/edits/index.arrow" ] || {
+  rm -rf "$OUT/one_thing" "$OUT/edits"
+  "$PYTHON" -m quickstart.distill data --out "$OUT"
+  "$PYTHON" -m data_tools.index_shards "$OUT/one_thing" "$OUT/edits"
+}
+MIX=(data=mixture "data.sources.edits.path=$OUT/edits" data.sources.edits.weight=0.4 data.sources.text_to_image.weight=0.6
+  data.sources.text_to_image.prompt_dropout=null)
+
+say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
+[ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
+  "out=$OUT/quickstart.safetensors" dtype=float32
+both kontext_train.train experiment=quickstart "${MIX[@]}" "data.sources.text_to_image.path=$OUT/one_thing" \
+  "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
+  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 ema.half_life_images=8000
+[ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
+  "out=$OUT/teacher.safetensors" dtype=float32
+
+say "the teacher's own pictures, by 28 steps with guidance: $OUT/targets"
+[ -e "$OUT/targets/index.arrow" ] || both data_tools.generate_targets "$OUT/one_thing" --out "$OUT/targets" \
+  --teacher "$OUT/teacher.safetensors" --guidance "$GUIDANCE" --steps 28 --samples-at-once 64
+TEACHER=("weights.student=$OUT/teacher.safetensors" "weights.teacher=$OUT/teacher.safetensors"
+  weights.frozen_dtype=float32 "${QUIET[@]}")
+
+say "pro, by LADD: $OUT/pro"
+both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
+  "${TEACHER[@]}" "run.dir=$OUT/pro"
+
+say "the control by regression, and dev by guidance distillation, a core each: $OUT/regression.safetensors, $OUT/dev"
+[ -e "$OUT/regression.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" \
+  --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1500 &
+"$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
+  "${TEACHER[@]}" "run.dir=$OUT/dev"
+wait $!
+
+say "sampling all of them"
+"$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" --student "$OUT/pro" \
+  --dev "$OUT/dev" --guidance "$GUIDANCE"
+cat "$OUT/table.md"
+
+cat <<EOF
+
+Done in $((SECONDS - STARTED)) s. Look at:
+  $OUT/table.md         accuracy by steps, with intervals
+  $OUT/pictures.png     teacher by 28 steps | student by 4 | student by 1
+  $OUT/summary.json     the numbers
+EOF

@@ -1,0 +1,264 @@
+"""Distillation on the quickstart's world, shown to work: its data, its control, and its numbers.
+
+    python -m quickstart.distill data --out DIR           shards of one-thing pictures, and of edits alone
+    python -m quickstart.distill regress --out DIR ...    the control: regression onto what the teacher's sampler made
+    python -m quickstart.distill evaluate --out DIR ...   summary.json, table.md and pictures.png
+
+"a red circle on gray" has four right answers: the thing may stand in any of four cells, each of them one token. Before
+it has looked, a network can only expect a quarter of a circle in each; a sampler of many steps makes up its mind on the
+way, one of a single step cannot. That gap is what distillation for few steps is about, and edits do not have it.
+
+Legend: B samples, M target tokens of a sample, C channels.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kontext_train.data.encode import conditioning, image_tokens
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.sample import RawSample, SampleReader
+from kontext_train.evaluation.trained import Trained, load_trained
+from kontext_train.flow.config import SamplerConfig
+from kontext_train.generate import Request
+from kontext_train.models.kontext import predict_velocity
+from kontext_train.models.sequence import SampleShape, build_layout
+from kontext_train.randomness import VisitRandom
+from kontext_train.training.pictures import save_grid
+from quickstart import scenes, scoring
+from quickstart.evaluate import held_out_examples, image_HWC, picture
+from quickstart.make_dataset import SAMPLES_PER_SHARD, to_sample, write_shards
+from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
+
+COLUMNS = 2  # so that a thing has four places
+TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
+SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
+AT_ONCE = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Distillation on the quickstart's world")
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="write the shards")
+    data.add_argument("--samples", type=int, default=12_000)
+    regress = commands.add_parser("regress", help="train the control")
+    regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
+    regress.add_argument("--steps", type=int, default=1000)
+    judge = commands.add_parser("evaluate", help="write the numbers and pictures")
+    judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
+    judge.add_argument("--dev", type=Path, required=True, help="the run of stage guidance_distillation")
+    judge.add_argument("--samples", type=int, default=512)
+    judge.add_argument("--guidance", type=float, required=True, help="of the teacher, as its targets were made")
+    for command in (regress, judge):
+        command.add_argument("--teacher", type=Path, required=True)
+    for command in (data, regress, judge):
+        command.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    match arguments.command:
+        case "data":
+            write_one_thing(arguments.out / "one_thing", arguments.samples)
+            write_shards(arguments.out / "edits", arguments.samples, seed=2, describe_fraction=0.0)
+        case "regress":
+            control = regressed(arguments.teacher, arguments.targets, arguments.steps)
+            save_file(control, arguments.out / "regression.safetensors")
+        case "evaluate":
+            summary = evaluate(arguments)
+            print(json.dumps(summary, indent=2))
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+def one_thing(seed: int, split: Split, index: int) -> Example:
+    """A picture of one thing, anywhere, and the words for it."""
+    rng = scenes.example_rng(seed, split, index)
+    scene = scenes.sample_scene(rng, COLUMNS, max_things=1)
+    return Example(scenes.describe(scene, rng), Edit(Kind.DESCRIBE), (), scene)
+
+
+def write_one_thing(out: Path, samples: int) -> None:
+    out.mkdir(parents=True)
+    with webdataset.ShardWriter(str(out / "%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0, mtime=0) as writer:
+        for i in range(samples):
+            writer.write(to_sample(one_thing(3, Split.TRAIN, i), f"{i:08d}"))
+
+
+# The control --------------------------------------------------------------------------------------------------------
+
+
+def regressed(teacher: Path, targets: Path, steps: int, batch: int = 64) -> dict[str, Tensor]:
+    """Weights of a student that learns by squared error, in one step from pure noise, what the teacher made of it.
+
+    The same noise: `generate_targets` notes the seeds. It starts from the teacher, and is given as many steps as it
+    takes to stop improving; its answer to several right pictures is between them.
+    """
+    trained = load_trained(teacher)
+    model = trained.model.requires_grad_(True)
+    index = ShardIndex.open(targets)
+    reader = SampleReader(index, trained.transform)
+    noise_NMC, x_NMC, prompts = pairs(trained, [reader.read(i) for i in range(len(index))])
+    shape = SampleShape(trained.encoders.text.t5_tokens, (2, COLUMNS))  # type: ignore[union-attr]
+    layout = build_layout([shape] * batch)
+    random = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
+    for _ in range(steps):
+        chosen = torch.randint(len(prompts), (batch,), generator=random)
+        z_MC, x_MC = noise_NMC[chosen].flatten(0, 1), x_NMC[chosen].flatten(0, 1)
+        cond = conditioning([prompts[i] for i in chosen.tolist()], [], layout, trained.encoders, z_MC)
+        made_MC = z_MC - predict_velocity(model, z_MC, torch.ones(batch), cond).float()
+        (made_MC - x_MC).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        warmed.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def pairs(trained: Trained, samples: Sequence[RawSample]) -> tuple[Tensor, Tensor, list[str]]:
+    """(noise [N, M, C], tokens [N, M, C], prompts) of what the teacher made from that noise."""
+    images = [torch.as_tensor(raw.target).permute(2, 0, 1) for raw in samples]
+    x_NMC = torch.stack(image_tokens(images, trained.encoders.autoencoder, None, [], ""))
+    seeds = [raw.metadata["generated"]["seed"] for raw in samples]
+    tokens, channels = x_NMC.shape[1:]
+    noise = VisitRandom(0, trained.device).normal("sample", seeds, [tokens] * len(seeds), channels)
+    return noise.view_as(x_NMC), x_NMC, [raw.prompt for raw in samples]
+
+
+# Numbers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Result:
+    """Pictures of one sampler: how many of `count` were right, and in which cells the things of those stand."""
+
+    right: int
+    count: int
+    places: Counter[int]
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.count
+
+    @property
+    def entropy(self) -> float:
+        """Of the places, in nats."""
+        return sum(n / self.right * math.log(self.right / n) for n in self.places.values())
+
+    def interval(self, z: float = 1.96) -> tuple[float, float]:
+        """Wilson's, of 95 %."""
+        p, n = self.accuracy, self.count
+        middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+
+def generate(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> list[Tensor]:
+    """[3, H, W] uint8 for each example; the noise of the i-th is the same for every model and sampler."""
+    images, numbered = [], iter(enumerate(examples))
+    while some := list(islice(numbered, AT_ONCE)):
+        requests = [
+            Request(e.prompt, [picture(c) for c in e.contexts], *scenes.draw(e.target).shape[:2], seed=i)
+            for i, e in some
+        ]
+        images += trained.generate(requests, sampler)
+    return images
+
+
+def judged(images: Sequence[Tensor], examples: Sequence[Example]) -> Result:
+    places, right = Counter[int](), 0
+    for image, example in zip(map(image_HWC, images), examples, strict=True):
+        if scoring.text_to_image_right(image, example.target):
+            right += 1
+            places[next(i for i, cell in enumerate(scoring.read_cells(image)) if cell.shape is not None)] += 1
+    return Result(right, len(examples), places)
+
+
+def edits_right(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> float:
+    images = generate(trained, examples, sampler)
+    return float(np.mean([scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)]))
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
+    """Writes summary.json, table.md and pictures.png into --out; returns the summary."""
+    out, count = arguments.out, arguments.samples
+    teacher, student = load_trained(arguments.teacher), load_trained(arguments.student)
+    control = load_trained(arguments.teacher)
+    control.model.load_state_dict(load_file(out / "regression.safetensors"))
+    things = [one_thing(4, Split.HELDOUT_SCENES, i) for i in range(count)]
+    guided, plain = SamplerConfig(guidance=arguments.guidance), SamplerConfig(guidance=1.0)
+    own = {("teacher, own times", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
+    teacher.shift = control.shift = student.shift  # all stop at the same times, so that steps compare
+    pictures = {("teacher", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS} | own
+    for name, trained in (("student", student), ("regression", control)):
+        pictures |= {(name, n): generate(trained, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
+    results = {key: judged(images, things) for key, images in pictures.items()}
+
+    edits = held_out_examples(Split.HELDOUT_SCENES, count, EDIT_KINDS)
+    enough = results["teacher", 28].accuracy - 0.05
+    steps = min((n for n in STUDENT_STEPS if results["student", n].accuracy >= enough), default=4)
+    places = Counter(
+        example.target.cells().index((t.row, t.column)) for example in things for t in example.target.things
+    )
+    dev_error, unguided_error = guidance_errors(teacher, load_trained(arguments.dev), edits[: count // 4])
+    summary: dict[str, object] = {
+        "teacher": {str(n): results["teacher", n].accuracy for n in TEACHER_STEPS},
+        "student": {str(n): results["student", n].accuracy for n in STUDENT_STEPS},
+        "regression_student": max(results["regression", n].accuracy for n in STUDENT_STEPS),
+        "edit_accuracy_teacher": edits_right(teacher, edits, replace(plain, steps=28)),
+        "edit_accuracy_student": edits_right(student, edits, replace(plain, steps=steps)),
+        "position_entropy_ratio": results["student", steps].entropy / Result(count, count, places).entropy,
+        "dev_guidance_error": dev_error,
+        "unguided_guidance_error": unguided_error,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "table.md").write_text(table(results))
+    chosen = [pictures["teacher", 28], pictures["student", 4], pictures["student", 1]]
+    rows = [(e.prompt, list(row)) for e, *row in islice(zip(things, *chosen, strict=True), 12)]
+    save_grid(out / "pictures.png", rows, scale=3)
+    return summary
+
+
+def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> tuple[float, float]:
+    """Mean absolute difference, pictures in [0, 1], to what guidance makes: of dev, told the scale, and of no guidance.
+
+    The same noise for all; the mean over SCALES.
+    """
+    unguided = generate(teacher, edits, SamplerConfig(steps=8))
+    errors = []
+    for scale in SCALES:
+        goal = generate(teacher, edits, SamplerConfig(steps=8, guidance=scale))
+        told = generate(dev, edits, SamplerConfig(steps=8, embedded_guidance=scale))
+        errors.append([difference(told, goal), difference(unguided, goal)])
+    dev_error, unguided_error = np.mean(errors, axis=0).tolist()
+    return dev_error, unguided_error
+
+
+def difference(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    pairs = zip(images, others, strict=True)
+    return float(np.mean([(a.float() - b.float()).abs().mean().item() / 255 for a, b in pairs]))
+
+
+def table(results: dict[tuple[str, int], Result]) -> str:
+    """Markdown: accuracy with its 95 % interval, and the entropy of places relative to four equal ones."""
+    lines = ["| model | steps | right | 95 % interval | entropy of places |", "|---|---|---|---|---|"]
+    for (name, steps), result in results.items():
+        low, high = result.interval()
+        entropy = result.entropy / math.log(4)
+        lines.append(f"| {name} | {steps} | {result.accuracy:.3f} | {low:.3f} to {high:.3f} | {entropy:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The target is the teacher's guided velocity, at the scale that the student is told."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kontext_train.flow.config import ShiftConfig
+from kontext_train.objectives.config import GuidanceDistillationConfig
+from kontext_train.objectives.guidance_distillation import GuidanceDistillation
+from kontext_train.randomness import VisitRandom
+from tests.objectives.cases import POOLED, TEXT, Formula, packed
+
+EMPTY = (torch.zeros(3, TEXT), torch.zeros(POOLED))
+
+
+def teacher_formula(z: Tensor, t: Tensor, vec: Tensor) -> Tensor:
+    return z * (1 - t) + vec[:, :1]  # guided at w: z (1 - t) + w vec
+
+
+def objective(student: Formula, **options: tuple[float, float]) -> GuidanceDistillation:
+    config = GuidanceDistillationConfig(**options)
+    return GuidanceDistillation(config, student, Formula(teacher_formula), ShiftConfig(), EMPTY)
+
+
+class Guided(Formula):
+    """Knows the closed form of the guided velocity."""
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, layout: object, guidance: Tensor | None
+    ) -> Tensor:
+        assert guidance is not None
+        return super().forward(img, txt, guidance[:, None] * vec, t, layout, guidance)
+
+
+def test_a_student_that_is_the_guided_velocity_has_no_loss() -> None:
+    batch = packed(64)
+    stage = objective(Guided(teacher_formula))
+    assert stage.loss("student", batch, VisitRandom(0), 0).value.item() < 1e-10
+    unguided = objective(Formula(teacher_formula)).loss("student", batch, VisitRandom(0), 0)
+    expected = stage.scales(VisitRandom(0).normal_per_visit("guidance", batch.visits))
+    difference = ((expected - 1) * batch.cond.vec_SP[:, 0]).square().mean()  # of z (1 - t) + vec from the guided one
+    assert unguided.value.item() == pytest.approx(difference.item(), rel=1e-5)
+
+
+def test_scales_are_uniform_in_their_range_and_told_to_the_student() -> None:
+    student = Formula(teacher_formula)
+    objective(student, guidance=(2.0, 5.0)).loss("student", packed(4000, sizes=((1, 1),)), VisitRandom(0), 0)
+    told = student.told
+    assert told is not None
+    assert 2 <= told.min() < 2.01
+    assert 4.99 < told.max() <= 5
+    quarters = torch.tensor([2.75, 3.5, 4.25])
+    shares = torch.bucketize(told, quarters).bincount() / len(told)
+    assert (shares - 0.25).abs().max() < 0.03
+
+
+def test_outside_the_interval_the_teacher_is_not_guided() -> None:
+    batch = packed(3, sizes=((1, 2),))
+    stage = objective(Formula(teacher_formula), interval=(0.2, 0.6))
+    z, w = torch.zeros_like(batch.x_MC), torch.full((3,), 4.0)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    guided = stage.guided_velocity(z, t, w, batch.cond)[::2, 0] / batch.cond.vec_SP[:, 0]
+    assert guided.tolist() == pytest.approx([1, 4, 1])
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    stage = objective(Formula(teacher_formula))
+    stage.loss("student", packed(4), VisitRandom(0), 0).value.backward()
+    assert stage.modules["student"].scale.grad is not None
+    assert stage.teacher.scale.grad is None
