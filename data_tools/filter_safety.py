@@ -20,10 +20,12 @@ from data_tools.expression import Clause, MissingField, parse_clauses
 from data_tools.filter_shards import copy_runs, sample_run, sample_values
 from data_tools.scanning import flat_rows, scan, shard_digest
 from data_tools.shard_writing import Task, growing_folder, remove_others, replacing, run_tasks
+from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
 from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span
+from kontext_train.data.transforms import to_rgb
 from kontext_train.safety.rules import Kind, Policy, Rules, read_rules
 
 _EXAMPLES = """examples:
@@ -39,6 +41,7 @@ quarantines is not written; one that only a rule of policy `report` finds is. Be
 --out appears when all is done; until then .OUT.partial beside it grows, and the same command goes on from there."""
 
 _AT_ONCE = 32  # samples judged in one go
+_BACKGROUND = tuple(DataConfig().background)  # seen through transparency, as in training
 REPORT_NAME, AUDIT_NAME, QUARANTINE_NAME = "filter_safety.json", "audit.jsonl", "quarantine.jsonl"
 
 
@@ -214,7 +217,7 @@ def _subjects(
 def decoded(file: IO[bytes], span: Span) -> Image.Image:
     file.seek(span.offset)
     with Image.open(io.BytesIO(file.read(span.size)), formats=IMAGE_FORMATS) as encoded:
-        return ImageOps.exif_transpose(encoded).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(encoded), _BACKGROUND)
 
 
 def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[str, Any], verdict: Any) -> None:
@@ -256,8 +259,16 @@ def _note(
         result["quarantined"].append({"key": sample.key, "rules": rules})
     if label is not None:
         scores = {rule: max(parts.values()) for rule, parts in verdict.scores.items() if parts}
-        positive = all(clause.holds(values) for clause in label)
-        result["scores"].append({"label": positive, "scores": scores, "found": bool(lines)})
+        left_out = bool(policies & {Policy.drop.value, Policy.quarantine.value})
+        result["scores"].append({"label": has_label(label, values), "scores": scores, "found": left_out})
+
+
+def has_label(label: Sequence[Clause], values: dict[str, Any]) -> bool:
+    """Raises ValueError, with shard and key, for a sample that the expression says nothing of."""
+    try:
+        return all(clause.holds(values) for clause in label)
+    except (MissingField, ValueError) as error:
+        raise ValueError(f"{values['shard']}: {values['key']}: has no label ({error})") from error
 
 
 def _metadata_clauses(policy: Rules) -> dict[str, list[Clause]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.command import at_least, command_parser, exit_status
 from data_tools.expression import parse_clauses
-from data_tools.filter_safety import decoded
+from data_tools.filter_safety import decoded, has_label
 from data_tools.filter_shards import sample_values
 from data_tools.scanning import flat_rows, scan
 from data_tools.shard_writing import replacing
@@ -59,7 +59,7 @@ def train_probe(
     found = _contents(folder, on)
     while chunk := list(islice(found, _AT_ONCE)):
         features += tower.features([content for _, content in chunk])
-        label += [all(clause.holds(values) for clause in clauses) for values, _ in chunk]
+        label += [has_label(clauses, values) for values, _ in chunk]
         apart += [blake2b(values["key"].encode()).digest()[0] % held_out == 0 for values, _ in chunk]
     train = torch.tensor(apart).logical_not()
     mean_nF = torch.stack([tiles.mean(0) for tiles in features]) if features else torch.zeros(0, 1)

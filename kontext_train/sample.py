@@ -123,16 +123,16 @@ def sample(config: SampleConfig) -> list[Path]:
     check = _gate(config.gate)
     for prompt in config.prompt:
         check("prompt", prompt, {})
-    for number, name in enumerate(config.context):
-        check(f"context image {name}", None, {f"context.{number}": name})
     trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
     side = trained.pixels_per_token
     contexts = []
-    for name in config.context:
+    for number, name in enumerate(config.context):
         try:
-            contexts.append(torch.from_numpy(load_image(name, trained.transform)).permute(2, 0, 1))
+            pixels = load_image(name, trained.transform)
         except ValueError as error:
             raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
+        check(f"context image {name}", None, {f"context.{number}": Image.fromarray(pixels)})  # as the model sees it
+        contexts.append(torch.from_numpy(pixels).permute(2, 0, 1))
     default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
     height = default_height if config.height is None else config.height
     width = default_width if config.width is None else config.width
@@ -159,7 +159,7 @@ def sample(config: SampleConfig) -> list[Path]:
 
 
 def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], None]:
-    """A function of (what it is, prompt, images or their files by part) that raises Blocked where a rule holds."""
+    """A function of (what it is, prompt, RGB images by part) that raises Blocked where a rule holds."""
     if path is None:
         return lambda what, prompt, images: None
     import torch
@@ -170,7 +170,7 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
     judge = Judge(read_rules(path, "gate"), torch.device("cuda" if torch.cuda.is_available() else "cpu"), "gate")
 
     def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
-        (verdict,) = judge.judge([Subject(prompt, {part: _as_image(image) for part, image in images.items()})])
+        (verdict,) = judge.judge([Subject(prompt, images)])
         if (found := verdict.blocking()) is not None:
             why = (
                 f"score {found.score:.4g}, threshold {found.threshold:.4g}" if found.score is not None else found.reason
@@ -178,19 +178,6 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
             raise Blocked(f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written")
 
     return check
-
-
-def _as_image(given: Any) -> Any:
-    """RGB, upright, of a file or as it is."""
-    from PIL import Image, ImageOps
-
-    if not isinstance(given, str):
-        return given
-    try:
-        with Image.open(given) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow raises a dozen kinds on bad bytes
-        raise ConfigError("context", given, f"cannot be read ({error})", "Give a PNG, JPEG or WebP file") from error
 
 
 if __name__ == "__main__":

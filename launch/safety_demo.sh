@@ -3,6 +3,7 @@
 # outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
 #   RUN     the model to start from (default: the quickstart's, which is trained first if it is not there)
 #   SHARDS  ordinary samples (default: the quickstart's)
+#   SCENARIOS  how many are attacked (default: 192)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/safety} RUN=${RUN:-outputs/quickstart/run} SHARDS=${SHARDS:-outputs/quickstart/shards/train}
@@ -33,5 +34,5 @@ wait $! || { tail -n 5 "$OUT/adversarial.log" >&2; exit 1; }
 
 say "attacking all three"
 python -m quickstart.safety measure --before "$OUT/base.safetensors" --after "$OUT/adversarial" \
-  --nonadversarial "$OUT/plain" --out "$OUT"
+  --nonadversarial "$OUT/plain" --out "$OUT" --count "${SCENARIOS:-192}"
 say "done: $OUT/summary.json, $OUT/table.md, $OUT/attacked.png"

@@ -1,5 +1,6 @@
 """filter_safety and train_probe: a planted stand-in is found wherever it is, and nothing is kept unseen."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_tools import encode_shards, filter_safety, filter_shards, train_probe
+from data_tools.shard_writing import write_shard
 from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
@@ -18,8 +21,9 @@ from kontext_train.data.sources import open_sources
 from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.config import EncodersConfig
+from kontext_train.safety.hashes import perceptual_hash
 from tests.runs import ENCODERS, overwrite
-from tests.safety.planted import PHRASE, write_clip, write_planted
+from tests.safety.planted import PHRASE, sample, with_sign, write_clip, write_planted
 
 SAMPLES, PER_PLACE = 720, 12  # 5 % planted: in context only, target only and prompt only
 
@@ -213,3 +217,26 @@ def test_a_probe_reads_prompts_too(room: Path, tmp_path: Path) -> None:
     assert report["chosen"]["false_positives"] <= 0.02
     with pytest.raises(ValueError, match="Both classes are needed"):
         train_probe.train_probe(labelled, room / "clip", "prompt", "len(prompt) > 0", tmp_path / "none.probe")
+
+
+def test_what_shows_through_transparency_is_judged_and_labels_must_be_there(room: Path, tmp_path: Path) -> None:
+    """A picture whose colours are black and whose transparency draws the sign: training would see it on white."""
+    rng = np.random.default_rng(0)
+    hidden = Image.new("RGBA", (64, 64))
+    hidden.putalpha(with_sign(Image.new("RGB", (64, 64)), rng).convert("L").point(lambda v: 255 if v > 0 else 0))
+    (tmp_path / "source").mkdir()
+    members = sample(rng, "")
+    file = io.BytesIO()
+    hidden.save(file, "PNG")
+    write_shard(tmp_path / "source" / "0.tar", [("a", {**members, "target.png": file.getvalue()}), ("b", members)])
+    build_index(tmp_path / "source")
+    shown = Image.new("RGB", hidden.size, (255, 255, 255))
+    shown.paste(hidden, mask=hidden)
+    (tmp_path / "hashes.txt").write_text(f"{perceptual_hash(shown):016x}\n")
+    policy = tmp_path / "policy.yaml"
+    rule = "{name: known, kind: image_hash, list: hashes.txt, distance: 0, policy: drop}"
+    policy.write_text(f"name: hashes\nrules:\n  - {rule}\n")
+    report = filter_safety.filter_safety(tmp_path / "source", tmp_path / "out", policy)
+    assert (report["kept"], report["dropped"]) == (1, 1)
+    with pytest.raises(ValueError, match=r"0\.tar: a: has no label \(unsafe\)"):
+        filter_safety.filter_safety(tmp_path / "source", tmp_path / "two", policy, labels="json.unsafe == 1")

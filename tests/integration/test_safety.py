@@ -47,6 +47,7 @@ def safety_config(shards: Path, base: Path, folder: Path, *options: str) -> Trai
     return small_config(shards, folder, *own, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ADAPTERS], ids=["all-weights", "adapters"])
 def test_two_processes_equal_one(shards: Path, base: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Also the ascent: its gradients come through the sharded student."""
