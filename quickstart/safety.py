@@ -207,7 +207,7 @@ def interval(hits: np.ndarray) -> tuple[float, float]:
     n, p, z = len(hits), float(hits.mean()), NormalDist().inv_cdf(0.975)
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def measure(models: dict[str, Path], out: Path, count: int, encoders: str | None) -> dict[str, float]:
