@@ -30,6 +30,7 @@ from kontext_train.distributed.config import Reshard, world_size_from_environmen
 from kontext_train.errors import ConfigError
 
 REQUEUE = 75  # exit status of a run that a signal stopped and that can be resumed (sysexits' EX_TEMPFAIL)
+INTERRUPTED = "KONTEXT_TRAIN_INTERRUPTED"  # names a file that says the same where torchrun would say 1
 
 register_schemas()
 
@@ -57,6 +58,8 @@ def composed_by_hydra(composed: DictConfig) -> None:
 
 
 def start(configured: Callable[[], TrainConfig]) -> None:
+    if told_by := os.environ.get(INTERRUPTED):
+        Path(told_by).unlink(missing_ok=True)  # of ranks before these, which torchrun has started again
     try:
         config = with_absolute_paths(configured())
         check(config, world_size_from_environment())
@@ -349,7 +352,7 @@ def train(config: TrainConfig) -> None:
 
 def interrupted_status() -> int:
     """REQUEUE. Where launch/torchrun.sh names a file, that tells it: torchrun would restart ranks that leave so."""
-    told_by = os.environ.get("KONTEXT_TRAIN_INTERRUPTED")
+    told_by = os.environ.get(INTERRUPTED)
     if told_by is None:
         return REQUEUE
     Path(told_by).touch()

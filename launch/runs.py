@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -17,7 +17,8 @@ class Progress:
     steps: int  # to make; 0 if unknown
     seconds_per_step: float | None
     values: dict[str, float]  # the newest of each metric
-    checkpoint: Path | None  # newest complete one
+    checkpoint: Path | None  # newest complete one, if they are in a folder
+    elsewhere: str | None  # the URL where they are, if they are not
 
     @property
     def finished(self) -> bool:
@@ -37,8 +38,12 @@ def read(run: Path) -> Progress:
     pairs = list(pairwise(logged))[-10:]
     steps = sum(b["step"] - a["step"] for a, b in pairs)
     pace = sum(b["seconds"] for _, b in pairs) / steps if steps else None
-    whole = sorted(marker.parent for marker in run.glob("checkpoints/step_????????/COMPLETE"))
-    return Progress(int(values.pop("step", 0)), _steps(run), pace, values, whole[-1] if whole else None)
+    config = _config(run)
+    folder = config.get("checkpoint", {}).get("folder") or str(run / "checkpoints")
+    elsewhere = folder if "://" in folder else None
+    whole = [] if elsewhere else sorted(m.parent for m in Path(folder).glob("step_????????/COMPLETE"))
+    newest = whole[-1] if whole else None
+    return Progress(int(values.pop("step", 0)), config.get("run", {}).get("steps", 0), pace, values, newest, elsewhere)
 
 
 def metrics(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
@@ -61,6 +66,8 @@ def runs_below(folder: Path) -> list[Path]:
     return [folder] if is_run(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
 
 
-def _steps(run: Path) -> int:
+def _config(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
-    return int(OmegaConf.load(file).run.steps) if file.is_file() else 0
+    read = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    assert isinstance(read, dict)
+    return cast(dict[str, Any], read)

@@ -11,11 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 
 from launch import runs
-from launch.slurm.submission import job_ids, queue
+from launch.slurm.submission import job_of, jobs_of, states
 
 TELLING = re.compile(
-    r"(\[rank\d+\]: )?((kontext-train|launch|srun|slurmstepd): |(?!torch\.distributed)[\w.]*(Error|Exception): )"
+    r"(\[rank\d+\]: )?("
+    r"kontext-\w+: (?!attention by|going on from|stopped by|step \d+[:, ])"  # of a step: a warning
+    r"|launch: (?!\S+ warning: |job .*: (starts from|ends with) |job .*; queued again)"
+    r"|(?!torch\.distributed)[\w.]*(Error|Exception|Unstable): "
+    r"|\S+: line \d+: )"  # bash's
 )
+SLURMS = re.compile(r"(srun|slurmstepd): error: ")  # say that something ended, and seldom why
+START = re.compile(r"launch: job \S+ on .*: starts from ")
+ECHO = re.compile(r"^\[rank\d+\]: |\. So rank \d+ ends$")  # each rank says the same
 TAIL_BYTES = 1 << 16  # of an output
 SHOWN_ERRORS = 5
 
@@ -33,16 +40,19 @@ def main() -> None:
 
 def report(root: Path) -> list[str]:
     """Lines for all runs of a folder."""
-    known = job_ids(root)
-    queued = queue(list(known.values()))
-    newest = {_run_of(folder): folder for folder in known}  # later submissions replace earlier ones
+    root = root.resolve()
+    known = jobs_of(root).items()
+    newest = {_run_of(folder): (folder, number) for folder, number in known}  # later submissions replace earlier ones
+    newest |= {run: job for run in runs.runs_below(root) if (job := job_of(run))}
+    told = states([number for _, number in newest.values()])
     lines = []
-    for run in sorted({*newest, *runs.runs_below(root.resolve())}):
-        folder = newest.get(run)
-        state = _state(run, queued.get(known[folder], "not queued") if folder else "not Slurm's")
-        job = f"job {known[folder]}, " if folder else ""
-        lines.append(f"{run}: {job}{state}")
-        lines += [f"  {line}" for line in _progress(run) + (_errors(folder / "output.log") if folder else [])]
+    for run in sorted({*newest, *runs.runs_below(root)}):
+        if run not in newest:
+            lines += [f"{run}: not Slurm's", *(f"  {line}" for line in _progress(run))]
+            continue
+        folder, number = newest[run]
+        lines.append(f"{run}: job {number}, {_state(run, folder, told.get(number))}")
+        lines += [f"  {line}" for line in _progress(run) + _errors(folder / "output.log")]
     return lines or [f"{root}: no run here"]
 
 
@@ -52,8 +62,17 @@ def _run_of(job_folder: Path) -> Path:
     return Path(told.read_text().strip()) if told.is_file() else job_folder.parents[3] / job_folder.name
 
 
-def _state(run: Path, queued: str) -> str:
-    return "finished" if runs.read(run).finished and queued.startswith("not ") else queued
+def _state(run: Path, folder: Path, slurms: str | None) -> str:
+    """slurms: what Slurm says; None where it has forgotten the job, or is not here. The job's own record is next."""
+    record = folder / "ended"
+    status = int(record.read_text()) if record.is_file() else None
+    if slurms is None and status is None:
+        started = (folder / "output.log").is_file()
+        slurms = "ended by force: cancelled, past its time limit, or its node is gone" if started else "not queued"
+    elif slurms is None:
+        slurms = f"FAILED (status {status})" if status else "COMPLETED"
+    done = slurms == "COMPLETED" and (runs.read(run).finished or not runs.is_run(run))
+    return "finished" if done else slurms
 
 
 def _progress(run: Path) -> list[str]:
@@ -64,6 +83,8 @@ def _progress(run: Path) -> list[str]:
     lines = [f"step {now.step} of {now.steps}{loss}"]
     if now.seconds_left:
         lines.append(f"{timedelta(seconds=round(now.seconds_left))} left at {now.seconds_per_step:.3g} s a step")
+    if now.elsewhere is not None:
+        return [*lines, f"checkpoints are in {now.elsewhere}"]
     if now.checkpoint is None:
         return [*lines, "no checkpoint yet"]
     age = timedelta(seconds=round(time.time() - (now.checkpoint / "COMPLETE").stat().st_mtime))
@@ -76,8 +97,11 @@ def _errors(output: Path) -> list[str]:
     with output.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
-    telling = [line.strip() for line in lines if TELLING.match(line)]
-    return [*telling[-SHOWN_ERRORS:], f"all of it: {output}"]
+    starts = [number for number, line in enumerate(lines) if START.match(line)]
+    lines = [line.strip() for line in lines[starts[-1] if starts else 0 :]]
+    telling = [line for line in lines if TELLING.match(line)] or [line for line in lines if SLURMS.match(line)]
+    distinct = {ECHO.sub("", line): line for line in reversed(telling)}  # of each, the first
+    return [*list(distinct.values())[:SHOWN_ERRORS][::-1], f"all of it: {output}"]
 
 
 if __name__ == "__main__":

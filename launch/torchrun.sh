@@ -4,6 +4,7 @@
 #   many:       NODES=4 HEAD=node1:29400 bash launch/torchrun.sh ...        the same command on every node
 # MAX_RESTARTS=2  times that ranks are started again, from the newest checkpoint, after one of them failed
 # RUN_ID          of these nodes among others that may meet at HEAD
+# FROZEN_S=60     that torchrun may fail to notice the end of its ranks, as it does when the head is out of reach
 # Exit status 75: a signal asked it to stop, it has saved, and the same command goes on. Another one: it failed.
 set -euo pipefail
 trap '' USR1  # Slurm sends it to every process of a step. Ranks catch it; this shell and torchrun would die of it
@@ -33,6 +34,7 @@ export KONTEXT_TRAIN_INTERRUPTED
 torchrun=$!
 trap 'kill -TERM "$torchrun" 2>/dev/null' TERM  # torchrun hands it on and waits for the ranks, and this shell for torchrun
 trap : INT                                      # Ctrl-C reaches torchrun too
+"$PYTHON" "$HERE/end_frozen.py" "$torchrun" "${FROZEN_S:-60}" &  # ends with torchrun
 status=0
 wait "$torchrun" || status=$?
 while kill -0 "$torchrun" 2>/dev/null; do  # a signal ended the wait

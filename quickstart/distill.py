@@ -168,10 +168,10 @@ def generate(trained: Trained, examples: Sequence[Example], sampler: SamplerConf
     """[3, H, W] uint8 for each example; the noise of the i-th is the same for every model and sampler."""
     images, numbered = [], iter(enumerate(examples))
     while some := list(islice(numbered, AT_ONCE)):
-        requests = [
-            Request(e.prompt, [picture(c) for c in e.contexts], *scenes.draw(e.target).shape[:2], seed=i)
-            for i, e in some
-        ]
+        requests = []
+        for i, example in some:
+            height, width, _ = scenes.draw(example.target).shape
+            requests.append(Request(example.prompt, [picture(c) for c in example.contexts], height, width, seed=i))
         images += trained.generate(requests, sampler)
     return images
 

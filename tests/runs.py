@@ -121,7 +121,7 @@ def _as_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": str(number),  # the ranks of each start meet under its number
+        "TORCHELASTIC_RUN_ID": str(number),  # the ranks of each start meet under its number
     }
     function(*arguments)
 

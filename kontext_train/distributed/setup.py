@@ -1,10 +1,12 @@
 """Start and end of the process group, and what every process must know of itself."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -78,9 +80,39 @@ def forget_meshes() -> None:
 
 
 def _meeting_point(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """(store, rank, world size). torchrun keeps its store when it restarts ranks, with addresses of those that died."""
+    """(store, rank, world size).
+
+    torchrun keeps its store when it restarts ranks, with addresses of those that died, and other runs may share it.
+    """
     store, rank, size = next(rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RUN_ID", ""), store)
+        store = dist.PrefixStore(name_of_start(store, rank, size, timeout), store)
+    return store, rank, size
+
+
+def name_of_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that no earlier start of these ranks had, the same on all of them. Raises RuntimeError if some stay away.
+
+    torchrun's count of restarts is no such name: each node has its own. So rank 0 makes one up and answers each rank,
+    by a name which that rank has made up: what ranks of earlier starts asked for and were told means nothing.
+    """
+    own = uuid4().hex
+    if rank > 0:
+        store.set(f"start/asks/{rank}", own)
+        store.wait([f"start/answer/{own}"], timeout)
+        name = store.get(f"start/answer/{own}").decode()
+        store.set(f"{name}/came/{rank}", "")
+        return name
+    waiting, end = list(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while waiting := [other for other in waiting if not store.check([f"{own}/came/{other}"])]:
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {waiting[:8]} did not come within {timeout.total_seconds():g} s")
+        for other in waiting:
+            if store.check([f"start/asks/{other}"]):
+                store.set(f"start/answer/{store.get(f'start/asks/{other}').decode()}", own)
+        time.sleep(0.02)
+    return own
 
 
 def _set_timeouts(mesh: DeviceMesh, timeout: timedelta) -> None:

@@ -298,18 +298,17 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     forward = sum(n * c.forward_flops for c, n in costs)
     extra = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * (flops - forward)
     grown = 1 + extra / flops
-    flops, attention, traffic = flops * grown, attention * grown, traffic * grown
-    in_blocks = flops - attention - grown * (parts.ends.forward_flops + parts.ends.backward_flops)
+    in_blocks = grown * (flops - attention - parts.ends.forward_flops - parts.ends.backward_flops)
     in_float8 = in_blocks * _float8_share(model, setup.parallel, of_products=True)
     pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2
     encoding = released.encoding_flops(len(setup.mix.largest), setup.encoders.t5_tokens, pixels)
     state = memory.parameters + memory.optimizer + memory.ema  # read and written; gradients also for their norm
     return Work(
-        matrix_flops=packs * (flops - attention - in_float8),
+        matrix_flops=packs * (grown * (flops - attention) - in_float8),
         float8_flops=packs * in_float8,
-        attention_flops=packs * attention,
+        attention_flops=packs * grown * attention,
         encoder_flops=packs * encoding,
-        elementwise_bytes=packs * traffic,
+        elementwise_bytes=packs * grown * traffic,
         optimizer_bytes=2 * state + 3 * memory.gradients,
     )
 

@@ -2,12 +2,13 @@
 
     stages:
       - {name: finetune, overrides: [stage=flow_finetune, run.steps=20000]}
-      - {name: sharpen, overrides: [optimizer.lr=1e-6], weights: [student]}
-      - {name: evaluate, command: "kontext-sample checkpoint={export} prompt='a red circle' out={root}/picture.png"}
+      - {name: sharpen, overrides: [optimizer.lr=1e-6]}
+      - {name: look, command: "$PYTHON -m kontext_train.sample checkpoint={export} prompt=... out={root}/look.png"}
 
-A stage trains in run.dir/NAME with the options of the command line and then its own. `weights` are the roles that start
-from the last export: weights.ROLE=…/export.safetensors. A command may name {export} and {run} of the last stage that
-trained, and {root}, the chain's run.dir; shell variables are written $NAME, since ${NAME} is OmegaConf's.
+A stage trains in run.dir/NAME with the options of the command line and then its own. Its student, and each frozen
+network that it needs (a teacher), start from the last export, as weights.ROLE=…/export.safetensors, unless its own
+options say from what; `weights: [teacher]` names the roles instead. A command may name {export} and {run} of the last
+stage that trained, and {root}, the chain's run.dir; shell variables are written $NAME, since ${NAME} is OmegaConf's.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from kontext_train.errors import ConfigError
 class Stage:
     name: str = MISSING
     overrides: list[str] = field(default_factory=list)
-    weights: list[str] = field(default_factory=lambda: ["student"])
+    weights: list[str] | None = None  # roles; none is all that the stage needs and does not name itself
     command: str = ""
 
 

@@ -5,12 +5,15 @@ run.dir/launch/0001/   code/                the packages as they were
                        settings.sh          ranks, restarts, Python; then the environment file
                        jobs/NAME/           one for each job of Slurm's
                            run_dir          where it trains
+                           checkpoints      where it saves
                            overrides        kontext-train's options, one a line
                            config.yaml      the config they compose, for people
                            export           if there, it ends with RUN/export.safetensors
-                           command          instead of these four: a script
+                           command          instead of these five: a script
                            job_id           written when sbatch took it
                            output.log       of all its starts
+                           ended            exit status, once it has ended by itself
+run.dir/job            the newest of these folders that trains here, whichever folder was submitted for
 """
 
 import shlex
@@ -24,6 +27,7 @@ from omegaconf import OmegaConf
 from kontext_train.config import TrainConfig, plain
 
 ROOT = Path(__file__).parents[2]
+COMPLETE = "step_????????/COMPLETE"  # of checkpoints, in their folder
 PACKAGES = ("kontext_train", "data_tools", "quickstart", "launch")
 
 
@@ -37,6 +41,21 @@ class Job:
     config: TrainConfig | None = None
     export: bool = False
     command: str = ""
+
+    @property
+    def checkpoints(self) -> Path:
+        assert self.config is not None
+        return checkpoints_of(self.config)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the run has not saved its last step."""
+        assert self.config is not None
+        return not (self.checkpoints / f"step_{self.config.run.steps:08d}" / "COMPLETE").is_file()
+
+
+def checkpoints_of(config: TrainConfig) -> Path:
+    return Path(config.checkpoint.folder or Path(config.run.dir, "checkpoints")).absolute()
 
 
 def create(root: Path, jobs: list[Job], settings: dict[str, str], environment: Path | None) -> Path:
@@ -62,6 +81,9 @@ def _write_job(folder: Path, job: Job) -> None:
         return
     assert job.config is not None
     (folder / "run_dir").write_text(f"{job.run_dir}\n")
+    (folder / "checkpoints").write_text(f"{job.checkpoints}\n")
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    (job.run_dir / "job").write_text(f"{folder}\n")
     (folder / "overrides").write_text("".join(f"{o}\n" for o in job.overrides))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(job.config))))
     if job.export:
@@ -77,21 +99,41 @@ def _commit() -> str:
         return ""
 
 
-def job_ids(root: Path) -> dict[Path, str]:
+def jobs_of(root: Path) -> dict[Path, str]:
     """Slurm's id of each job ever submitted for a run folder, by its folder; an array's task is ID_TASK."""
     return {p.parent: p.read_text().strip() for p in sorted(root.glob("launch/[0-9]*/jobs/*/job_id"))}
 
 
+def job_of(run_dir: Path) -> tuple[Path, str] | None:
+    """Folder and Slurm's id of the last job that was submitted to train in a folder."""
+    told = run_dir / "job"
+    folder = Path(told.read_text().strip()) if told.is_file() else run_dir
+    number = folder / "job_id"
+    return (folder, number.read_text().strip()) if number.is_file() else None
+
+
 def queue(ids: list[str]) -> dict[str, str]:
     """State and reason of those that wait or run, by id: {"12_3": "PENDING (Resources)"}. Empty without Slurm."""
-    if not ids or shutil.which("squeue") is None:
-        return {}
-    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"]
-    lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
-    found = {number: (state, reason) for number, state, reason in (line.split("|", 2) for line in lines)}
+    return _squeue(ids, [])
+
+
+def states(ids: list[str]) -> dict[str, str]:
+    """As `queue`, and how those ended that Slurm remembers: slurmctld for some minutes, accounting for good."""
+    known = _squeue(ids, ["--states=all"])
+    older = [i for i in ids if i not in known]
+    asked = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(older)}"]
+    lines = _lines(asked) if older else []
+    return known | {i: state for i, state in (line.split("|") for line in lines) if i in older}
+
+
+def _squeue(ids: list[str], options: list[str]) -> dict[str, str]:
+    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r", *options]
+    found = {i: (state, reason) for i, state, reason in (line.split("|", 2) for line in (_lines(asked) if ids else []))}
     return {i: state if reason == "None" else f"{state} ({reason})" for i, (state, reason) in found.items() if i in ids}
 
 
-def unfinished(run_dir: Path, steps: int) -> bool:
-    """Whether a run has not saved its last step."""
-    return not (run_dir / "checkpoints" / f"step_{steps:08d}" / "COMPLETE").is_file()
+def _lines(command: list[str]) -> list[str]:
+    """What a program of Slurm's prints; [] where there is none, or it cannot tell."""
+    if shutil.which(command[0]) is None:
+        return []
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()

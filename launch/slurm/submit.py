@@ -22,11 +22,20 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from kontext_train.config import TrainConfig, check, check_weights, register_schemas, typed
+from kontext_train.config import (
+    TrainConfig,
+    check,
+    check_weights,
+    plain,
+    register_schemas,
+    typed,
+    with_absolute_paths,
+)
+from kontext_train.data.config import is_url
 from kontext_train.errors import ConfigError
 from kontext_train.train import member_name
 from launch.slurm.chain import Stage, read_chain
-from launch.slurm.submission import ROOT, Job, create, job_ids, queue, unfinished
+from launch.slurm.submission import COMPLETE, ROOT, Job, checkpoints_of, create, job_of, queue
 
 
 @dataclass(slots=True)
@@ -95,9 +104,13 @@ def submit(request: Request) -> None:
         raise ConfigError("run.dir", str(root), rule, "Give a folder of its own, as outputs/NAME")
     if request.env is not None and not request.env.is_file():
         raise ConfigError("--env", str(request.env), "must be a file", "launch/env has examples")
-    _refuse_busy(root, jobs)
+    _refuse_shared(jobs)
+    _refuse_busy(jobs)
     if not request.chain:  # a chain's stages wait for one another: all go, and a finished one ends at once
-        jobs = [job for job in jobs if job.config and unfinished(job.run_dir, job.config.run.steps)]
+        jobs = [job for job in jobs if job.unfinished]
+    for job in jobs:
+        if job.config:
+            _check_resumable(job)
     if not jobs:
         print(f"submit: all that {root} asks for is trained")
         return
@@ -118,17 +131,46 @@ def submit(request: Request) -> None:
     print(f"submit: see python -m launch.status {root}")
 
 
-def _refuse_busy(root: Path, jobs: list[Job]) -> None:
-    """Two jobs that write one run folder would spoil each other's checkpoints."""
-    known = job_ids(root)
-    queued = queue(list(known.values()))
-    written = {folder: (folder / "run_dir").read_text().strip() for folder in known if (folder / "run_dir").is_file()}
-    wanted = {str(job.run_dir) for job in jobs}
-    for folder, run_dir in written.items():
-        number = known[folder]
-        if number in queued and run_dir in wanted:
+def _refuse_shared(jobs: list[Job]) -> None:
+    """Two jobs with one folder would resume and remove each other's checkpoints."""
+    for key, folders in {
+        "run.dir": [job.run_dir for job in jobs if job.config],
+        "checkpoint.folder": [job.checkpoints for job in jobs if job.config],
+    }.items():
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ConfigError(key, str(folder), "is the folder of two jobs", "Let it name what varies")
+
+
+def _refuse_busy(jobs: list[Job]) -> None:
+    earlier = {job.run_dir: known[1] for job in jobs if job.config and (known := job_of(job.run_dir))}
+    queued = queue(list(earlier.values()))
+    for run_dir, number in earlier.items():
+        if number in queued:
             rule = f"is written by job {number}, {queued[number]}"
-            raise ConfigError("run.dir", run_dir, rule, "Wait, scancel it, or use another run.dir")
+            raise ConfigError("run.dir", str(run_dir), rule, "Wait, scancel it, or use another run.dir")
+
+
+def _check_resumable(job: Job) -> None:
+    """Whether a job's options fit the checkpoint that its run will go on from, as the run will ask itself."""
+    assert job.config is not None
+    config = job.config
+    if config.run.resume == "auto" and not any(job.checkpoints.glob(COMPLETE)):
+        return  # and torch need not be imported
+    from kontext_train.data.plan import plan_digest
+    from kontext_train.data.sources import Mixture, open_sources
+    from kontext_train.training.changes import check_resumable
+    from kontext_train.training.checkpoint import find_resume, newest_readable, read_record
+
+    newest = newest_readable(find_resume(config.run.resume, job.checkpoints))
+    if newest is None:
+        return
+    saved = read_record(newest)
+    now = saved | {"config": plain(config)}  # what weights and remote shards hold is left to the run
+    if not any(is_url(source.path) for source in config.data.of_sources().values()):
+        sources = open_sources(config.data, config.encoders.pixels_per_token(), config.run.seed)
+        now["plan"] = plan_digest(Mixture(sources, config.encoders.t5_tokens), config.data, config.run.seed)
+    check_resumable(newest, saved, now)
 
 
 # -- what to run ---------------------------------------------------------------------------------------------------
@@ -157,11 +199,7 @@ def _sweep_jobs(request: Request) -> tuple[Path, list[Job]]:
         run_dir = Path(base, member_name(request.overrides, overrides, number)).resolve()
         own = [*overrides, _path("run.dir", run_dir)]
         jobs.append(Job(str(number), run_dir, own, _checked(request, own)))
-    folders = [job.run_dir for job in jobs]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ConfigError("run.dir", str(folder), "is the folder of two members", "Let it name what varies")
-    return Path(os.path.commonpath([folder.parent for folder in folders])), jobs
+    return Path(os.path.commonpath([job.run_dir.parent for job in jobs])), jobs
 
 
 def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]:
@@ -177,30 +215,44 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
                 command = command.replace(f"{{{name}}}", str(path))
             jobs.append(Job(stage.name, root / stage.name, [], command=command))
             continue
-        roles = [f"weights.{role}" for role in stage.weights] if last is not None else []
-        # What the command line says of guidance_in is of the file that the first stage reads.
-        own = ["weights.guidance_in=require"] * ("weights.student" in roles)
-        overrides = [*request.overrides, *own, *stage.overrides, _path("run.dir", root / stage.name)]
+        export = None if last is None else last / "export.safetensors"
+        roles = _roles(stage, request) if export is not None else []
+        given = request.overrides
+        if "student" in roles:  # what the command line says of guidance_in is of the file that the first stage reads
+            given = [override for override in given if not override.startswith("weights.guidance_in=")]
+        overrides = [*given, *stage.overrides, _path("run.dir", root / stage.name)]
         # The weights are not there yet; a folder that exists stands in for them.
-        config = _checked(request, overrides + [_path(role, Path.cwd()) for role in roles])
-        overrides += [_path(role, last / "export.safetensors") for role in roles if last is not None]
+        config = _checked(request, overrides + [_path(f"weights.{role}", Path.cwd()) for role in roles])
+        for role in roles:
+            setattr(config.weights, role, str(export))
+        overrides += [_path(f"weights.{role}", export) for role in roles if export is not None]
         last = root / stage.name
         jobs.append(Job(stage.name, last, overrides, config, export=True))
     return root, jobs
 
 
+def _roles(stage: Stage, request: Request) -> list[str]:
+    """Of weights.*, those that a stage takes from the export before it: what the chain says, or all that it needs."""
+    if stage.weights is not None:
+        return stage.weights
+    objective = typed(compose("train", overrides=[*request.overrides, *stage.overrides])).objective
+    own = {override.lstrip("+").split("=")[0] for override in stage.overrides}
+    return [role for role in ("student", *objective.frozen) if f"weights.{role}" not in own]
+
+
 def _checked(request: Request, overrides: list[str]) -> TrainConfig:
-    config = typed(compose("train", overrides=overrides))
+    config = with_absolute_paths(typed(compose("train", overrides=overrides)))
     check(config, request.nodes * request.ranks)
-    check_weights(config)
     if config.run.resume == "none":
         raise ConfigError("run.resume", "none", "would end a job that is queued again", "Leave it at auto")
     if config.run.resume != "auto" and Path(config.run.resume).resolve().is_relative_to(Path(config.run.dir).resolve()):
         rule = "is one of the run's own checkpoints, which a job that is queued again has gone beyond"
         raise ConfigError("run.resume", config.run.resume, rule, "Remove the newer ones, and leave it at auto")
-    if config.checkpoint.folder is not None:
-        rule = "is not looked into by job scripts: requeues, chains and status take run.dir/checkpoints"
-        raise ConfigError("checkpoint.folder", config.checkpoint.folder, rule, "Leave it away")
+    if config.checkpoint.folder is not None and "://" in config.checkpoint.folder:
+        rule = "is a URL, which job scripts cannot look into: they queue a failed job again if it has saved anew"
+        raise ConfigError("checkpoint.folder", config.checkpoint.folder, rule, "Give a folder that nodes share")
+    if not any(checkpoints_of(config).glob(COMPLETE)):  # a run that goes on does not read them
+        check_weights(config)
     return config
 
 

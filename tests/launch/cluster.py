@@ -1,18 +1,17 @@
 """A real Slurm on this host: munged, slurmctld and one slurmd for each node, on loopback, all of it below one folder.
 
-Every daemon is remembered as a process of ours and ended as one; nothing of the system's own configuration is touched.
+Every daemon is noted as a process of ours and ended as one; nothing of the system's own configuration is touched.
 """
 
 import os
-import shutil
-import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+
+from tests.launch import leftovers
+from tests.launch.leftovers import command_line, environment, kill, parent, processes
 
 CONFIG = """\
 ClusterName=test
@@ -51,9 +50,10 @@ PartitionName=high Nodes=ALL DefaultTime=10 PriorityTier=2 PreemptMode=OFF
 
 
 class Cluster:
-    def __init__(self, nodes: int) -> None:
-        self.base = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: a socket's path has at most 108 bytes
-        self.base.chmod(0o755)
+    def __init__(self, nodes: int, session: Path) -> None:
+        """session: tests.launch.leftovers says what it is."""
+        self.session, self.base = session, session / "slurm"
+        self.base.mkdir(mode=0o755)
         for name in ("munge", "state", "spool", "log"):
             (self.base / name).mkdir(mode=0o755)
         (self.base / "munge.key").write_bytes(os.urandom(128))
@@ -63,8 +63,7 @@ class Cluster:
         (self.base / "slurm.conf").write_text(CONFIG.format(host=host, base=self.base, nodes=nodes, **ports))
         # Without it slurmd looks for a mounted cgroup file system and stops where there is none.
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        self.env = os.environ | {"SLURM_CONF": str(self.base / "slurm.conf")}
-        self.started = False
+        self.env = os.environ | {"SLURM_CONF": str(self.base / "slurm.conf"), leftovers.MARK: str(session)}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.nodes = [f"n{i}" for i in range(1, nodes + 1)]
 
@@ -72,12 +71,14 @@ class Cluster:
         m = self.base / "munge"
         files = [f"--{k}={m}/{k.split('-')[0]}" for k in ("pid-file", "log-file", "seed-file")]
         self._daemon("munged", "-F", "--force", f"--key-file={self.base}/munge.key", f"--socket={m}/socket", *files)
-        until(lambda: (m / "socket").is_socket(), 20, "munged has no socket")
+        until(lambda: (m / "socket").is_socket(), 20, self.logs)
         self._daemon("slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        until(lambda: self.states() == ["idle"] * len(self.nodes), 30, f"nodes are not idle: see {self.base}/log")
-        self.started = True
+        until(lambda: self.states() == ["idle"] * len(self.nodes), 30, self.logs)
+
+    def logs(self) -> str:
+        return "\n".join(f"{file.name}: {file.read_text()[-2000:]}" for file in (self.base / "log").iterdir())
 
     def start_node(self, node: str) -> None:
         (self.base / "spool" / node).mkdir(exist_ok=True)
@@ -131,8 +132,6 @@ class Cluster:
         left = [pid for node in self.nodes for pid in self._processes(node)]
         for pid in left:
             kill(pid)
-        if self.started:  # or its logs tell why not
-            shutil.rmtree(self.base)
         assert not left, f"{len(left)} processes of jobs outlived their job"
 
     def _daemon(self, program: str, *arguments: str, name: str = "") -> None:
@@ -146,6 +145,7 @@ class Cluster:
                 stderr=out,
                 start_new_session=True,
             )
+        leftovers.started(self.session, self.daemons[name].pid)
 
     def _processes(self, node: str) -> list[int]:
         """Of the jobs on a node: what knows that it runs there, and slurmstepd, which started it."""
@@ -157,43 +157,12 @@ class Cluster:
         return environment(pid).get("SLURM_CONF") == self.env["SLURM_CONF"]
 
 
-def processes() -> list[int]:
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*")]
-
-
-def environment(pid: int) -> dict[str, str]:
-    """What a process was started with; nothing if it is gone."""
-    words = _of_process(pid, "environ").split("\0")
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def command_line(pid: int) -> str:
-    return _of_process(pid, "cmdline").replace("\0", " ")
-
-
-def parent(pid: int) -> int:
-    after_name = _of_process(pid, "stat").rpartition(")")[2].split()
-    return int(after_name[1]) if after_name else 0
-
-
-def _of_process(pid: int, name: str) -> str:
-    try:
-        return Path("/proc", str(pid), name).read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
 def until(condition: Callable[[], bool], timeout_s: float, what: str | Callable[[], str]) -> None:
     """Wait for it, or fail with what is wrong."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, what if isinstance(what, str) else what()
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def _free_ports(count: int) -> int:

@@ -1,8 +1,9 @@
 """Jobs on a real Slurm: preempted, bereft of a node, in arrays and in chains, they end as if nothing had happened."""
 
 import json
-import subprocess
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,22 +11,29 @@ import pytest
 import torch
 from hydra import initialize_config_module
 
+from kontext_train.config import register_schemas
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.trained import load_model, read_config, resolve
+from kontext_train.evaluation.trained import resolve
+from kontext_train.objectives.config import FlowMatchingConfig
 from launch import runs
-from launch.slurm.submission import Job
+from launch.slurm.chain import Stage
+from launch.slurm.submission import Job, create
+from launch.slurm.submit import Request, _jobs, _roles, parser
+from launch.slurm.submit import main as submit_main
 from launch.status import report
 from launch.sweep import table
 from tests.launch.cluster import Cluster, until
-from tests.launch.conftest import ROOT, Straight
-from tests.runs import SMALL
-
-PATIENCE_S = 200  # for a whole job, on a machine that does other things too
+from tests.launch.conftest import OPTIONS, PATIENCE_S, ROOT, Straight, same, wait_for_step, weights
+from tests.runs import SMALL, compose_config
 
 
-def submitted(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.slurm.submit", "--cpu-ranks=1", "--time=20", *arguments]
-    return subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=False, timeout=60)
+def submit(*arguments: str, env: Mapping[str, str] | None = None) -> None:
+    """python -m launch.slurm.submit, in this process. SystemExit with its status if it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["submit", "--cpu-ranks=1", "--time=20", *arguments])
+        for key, value in (env or {}).items():
+            patch.setenv(key, value)
+        submit_main()
 
 
 def job_id(run_dir: Path, job: str = "0") -> str:
@@ -36,20 +44,6 @@ def output(run_dir: Path, job: str = "0") -> str:
     return (run_dir / "launch" / "0001" / "jobs" / job / "output.log").read_text()
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    path = resolve(run_dir)
-    return {k: v.detach() for k, v in load_model(path, read_config(path), ema=False).named_parameters()}
-
-
-def same(run_dir: Path, other: Path) -> bool:
-    ours, theirs = weights(run_dir), weights(other)
-    return all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-
-
-def wait_for_step(run_dir: Path, step: int) -> None:
-    until(lambda: runs.read(run_dir).step >= step, PATIENCE_S, f"{run_dir} did not reach step {step}")
-
-
 def small(shards: Path) -> list[str]:
     """Three steps with no say about the learning rate."""
     return [*(o for o in SMALL if not o.startswith("optimizer.lr")), f"data.train={shards}", "run.steps=3"]
@@ -57,27 +51,32 @@ def small(shards: Path) -> list[str]:
 
 @dataclass(slots=True)
 class Background:
-    """Jobs that run on n6 while other tests go on."""
+    """Jobs that run on n4 while other tests go on."""
 
     sweep: Path
     chain: Path
+    broken: Path  # a chain whose first stage fails
 
 
 @pytest.fixture(scope="module")
 def background(slurm: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Background:
     folder = tmp_path_factory.mktemp("background")
-    options = ("--sbatch=--nodelist=n6", *small(shards))
-    sweep = ("-m", "--at-once=2", SWEPT, f"run.dir={folder}/sweep", "--max-restarts=0")
+    made = Background(folder / "sweep", folder / "chain", folder / "broken")
     (folder / "chain.yaml").write_text(CHAIN)
     (folder / "env.sh").write_text("export OF_ENV=environment\nSRUN=(--export=ALL,OF_SRUN=options)\n")
-    chain = (f"--chain={folder}/chain.yaml", f"--env={folder}/env.sh", f"run.dir={folder}/chain")
-    for arguments in (sweep, chain):
-        done = submitted(slurm, *options, *arguments)
-        assert done.returncode == 0, done.stderr
-    return Background(folder / "sweep", folder / "chain")
+    (folder / "broken.sh").write_text("export NCCL_DEBUG=VERBOSE\n")
+    options = ("--sbatch=--nodelist=n4", *small(shards), "--max-restarts=0")
+    chain = f"--chain={folder}/chain.yaml"
+    for arguments in (
+        (chain, f"--env={folder}/env.sh", f"run.dir={made.chain}"),
+        (chain, f"--env={folder}/broken.sh", f"run.dir={made.broken}"),
+        ("-m", "--at-once=1", SWEPT, f"run.dir={made.sweep}"),
+    ):
+        submit(*options, *arguments, env=slurm.env)
+    return made
 
 
-SWEPT = "optimizer.lr=1e-3,1e30,1e-2"
+SWEPT = "optimizer.lr=1e30,1e-2"
 CHAIN = """\
 stages:
   - {name: finetune}
@@ -93,7 +92,8 @@ stages:
         (["run.steps=0"], "run.steps=0: must be at least 1"),
         (["--nodes=3", "parallel.dp_replicate=2"], r"parallel.dp_replicate, dp_shard, cp=(2, -1, 1)"),
         (["run.resume=none"], "run.resume='none': would end a job that is queued again"),
-        (["checkpoint.folder=/shared"], "checkpoint.folder='/shared': is not looked into by job scripts"),
+        (["checkpoint.folder=s3://bucket"], "checkpoint.folder='s3://bucket': is a URL, which job scripts cannot look"),
+        (["-m", "run.seed=0,1", "checkpoint.folder=/shared"], "checkpoint.folder='/shared': is the folder of two jobs"),
         ([f"run.dir={ROOT}"], "is the checkout, of which each submission keeps a copy"),
         (["-m", "run.steps=1,0"], "run.steps=0: must be at least 1"),
         ([], "PATH='': has no sbatch. Submit on a login node"),
@@ -103,14 +103,8 @@ stages:
 def test_what_cannot_run_is_refused_before_sbatch(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    from launch.slurm.submit import main
-
-    argv = ["submit", "--cpu-ranks=1", *SMALL, f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *arguments]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        patch.setenv("PATH", "")  # no sbatch to be found
-        with pytest.raises(SystemExit, match="2"):
-            main()
+    with pytest.raises(SystemExit, match="2"):  # no sbatch is to be found
+        submit(*SMALL, f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *arguments, env={"PATH": ""})
     said = capsys.readouterr().err
     assert message in said
     assert "Nothing was queued" in said
@@ -119,7 +113,6 @@ def test_what_cannot_run_is_refused_before_sbatch(
 
 def test_what_a_requeue_or_a_later_stage_would_stumble_over(shards: Path, tmp_path: Path) -> None:
     """A start from the run's own checkpoint; and guidance_in, which is of the file that the first stage reads."""
-    from launch.slurm.submit import Request, _jobs, parser
 
     def jobs(*arguments: str) -> list[Job]:
         options = ["--cpu-ranks=1", *SMALL, f"data.train={shards}", f"run.dir={tmp_path / 'run'}", *arguments]
@@ -134,78 +127,121 @@ def test_what_a_requeue_or_a_later_stage_would_stumble_over(shards: Path, tmp_pa
     assert [job.config.weights.guidance_in.value for job in chained if job.config] == ["add", "require"]
 
 
+def test_a_stage_takes_every_role_that_it_needs_from_the_export_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the stage had a frozen teacher."""
+    monkeypatch.setattr(FlowMatchingConfig, "frozen", ("teacher",))
+    request = Request(**vars(parser().parse_intermixed_args(["weights.student=of_the_first"])))
+    register_schemas()
+    with initialize_config_module("kontext_train.conf", version_base="1.3"):
+        assert _roles(Stage("one"), request) == ["student", "teacher"]
+        assert _roles(Stage("one", ["weights.student=pro"]), request) == ["teacher"]
+        assert _roles(Stage("one", weights=[]), request) == []
+
+
 @pytest.mark.slow
-def test_a_preempted_job_saves_is_queued_again_and_ends_bitwise_the_same(
-    slurm: Cluster, background: Background, straight: Straight, tmp_path: Path
+def test_options_that_do_not_fit_the_checkpoint_are_refused_before_sbatch(
+    straight: Straight, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two nodes. A job of a higher partition takes one: Slurm sends the signal, the ranks save, both runs end."""
+    options = ("--dry-run", *SMALL, *OPTIONS, f"run.dir={straight.run_dir}")
+    submit(*options, f"data.train={shards}")
+    assert "is trained" in capsys.readouterr().out, "it fits, and has nothing left to do"
+    for change, message in {
+        "optimizer.lr=1e-2": "run.allow_changes=[]: does not name all that changed since",
+        "data.tokens_per_pack=256": "was planned with other data settings",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            submit(*options, f"data.train={shards}", "run.steps=41", change)
+        assert message in capsys.readouterr().err
+    submit(*options, f"data.train={shards}", "run.steps=41", "optimizer.lr=1e-2", "run.allow_changes=[optimizer.lr]")
+    assert capsys.readouterr().out == f"submit: {straight.run_dir}\n"
+
+
+def test_a_folder_that_a_job_writes_is_refused_whatever_is_submitted_for(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job is of a run; what is submitted is a sweep, one of whose members has the run's folder."""
+    run_dir = tmp_path / "run.seed=1"
+    job = Job("0", run_dir, [], compose_config(*SMALL, f"run.dir='{run_dir}'"))
+    (create(run_dir, [job], {}, None) / "jobs" / "0" / "job_id").write_text("17\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '17|RUNNING|None'; echo '18|PENDING|Priority'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = ("--dry-run", *SMALL, f"data.train={shards}", f"run.dir={tmp_path}", "-m")
+    submit(*options, "run.seed=2,3")
+    assert "run.seed=3" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        submit(*options, "run.seed=0,1")
+    assert f"run.dir='{run_dir}': is written by job 17, RUNNING" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_and_then_loses_a_node_ends_bitwise_the_same(
+    slurm: Cluster,
+    background: Background,
+    straight: Straight,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two nodes of three. A job of a higher partition takes one: Slurm sends the signal, the ranks save, both run to
+    their ends. In the second start a node dies. The checkpoints have a folder of their own.
+    """
     run_dir = tmp_path / "run"
-    arguments = ("--nodes=2", "--sbatch=--nodelist=n1,n2", *straight.slow, f"run.dir={run_dir}")
-    assert submitted(slurm, *arguments).returncode == 0
-    again = submitted(slurm, *arguments)
-    assert again.returncode == 2
-    assert "is written by job" in again.stderr
-    wait_for_step(run_dir, 7)
+    arguments = ("--nodes=2", "--sbatch=--exclude=n4", *straight.slow, f"run.dir={run_dir}")
+    arguments += (f"checkpoint.folder={tmp_path}/saved",)
+    submit(*arguments, env=slurm.env)
+    number = job_id(run_dir)
+    with pytest.raises(SystemExit, match="2"):
+        submit(*arguments, env=slurm.env)
+    assert f"is written by job {number}, " in capsys.readouterr().err
+
+    wait_for_step(run_dir, 6)
     higher = slurm("sbatch", "--parsable", "-phigh", "-wn1", "--exclusive", "-o/dev/null", "--wrap=sleep 1").strip()
     assert slurm.finish(higher, PATIENCE_S)["JobState"] == "COMPLETED"
+    until(lambda: "going on from" in output(run_dir), PATIENCE_S, lambda: output(run_dir))
+    saved = runs.read(run_dir).checkpoint
+    assert saved is not None
+    wait_for_step(run_dir, int(saved.name.removeprefix("step_")) + 1)
     assert not same(run_dir, straight.run_dir), "it had not ended, and another step has other weights"
-    ended = slurm.finish(job_id(run_dir), PATIENCE_S)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(run_dir)
+    assert slurm.job(number)["NodeList"] == "n[1-2]"
+    slurm.kill_node("n2")
+    straight.server.delay_s = 0
+    ended = slurm.finish(number, PATIENCE_S)
+    assert (ended["JobState"], ended["NodeList"], ended["Restarts"]) == ("COMPLETED", "n[1,3]", "2"), output(run_dir)
     assert "stopped by SIGUSR1 after step" in output(run_dir)
     assert "stopped by a signal and saved; queued again" in output(run_dir)
+    starts = [line.partition("starts from ")[2] for line in output(run_dir).splitlines() if "starts from" in line]
+    assert starts[0] == "scratch"
+    assert [Path(start).parts[-3] for start in starts[1:]] == ["saved", "saved"]
     assert same(run_dir, straight.run_dir)
-    (first, *_) = report(run_dir)
-    assert first == f"{run_dir}: job {job_id(run_dir)}, finished"
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    assert report(run_dir)[0] == f"{run_dir}: job {number}, finished"
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_node_goes_on_elsewhere_and_ends_bitwise_the_same(
-    slurm: Cluster, straight: Straight, tmp_path: Path
+def test_a_failed_member_does_not_take_the_sweep_with_it(
+    slurm: Cluster,
+    background: Background,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = tmp_path / "run"
-    where = "--sbatch=--exclude=n1,n2,n6"
-    assert submitted(slurm, "--nodes=2", where, *straight.slow, f"run.dir={run_dir}").returncode == 0
-    wait_for_step(run_dir, 7)
-    assert slurm.job(job_id(run_dir))["NodeList"] == "n[3-4]"
-    slurm.kill_node("n4")
-    ended = slurm.finish(job_id(run_dir), PATIENCE_S)
-    assert (ended["JobState"], ended["NodeList"]) == ("COMPLETED", "n[3,5]"), output(run_dir)
-    starts = [line for line in output(run_dir).splitlines() if "starts from" in line]
-    assert len(starts) == 2
-    assert "starts from scratch" in starts[0]
-    assert "checkpoints/step_" in starts[1]
-    assert same(run_dir, straight.run_dir)
-
-
-@pytest.mark.slow
-def test_a_failed_member_does_not_take_the_sweep_with_it(slurm: Cluster, background: Background) -> None:
     sweep = background.sweep
-    states = [slurm.finish(job_id(sweep, str(i)), PATIENCE_S)["JobState"] for i in range(3)]
-    assert states == ["COMPLETED", "FAILED", "COMPLETED"]
-    told = output(sweep, "1")
-    assert "gradient norm is" in told, told
-    rows = table(runs.runs_below(sweep))
-    assert [(row["member"], row["finished"]) for row in rows[:2]] == [
-        ("optimizer.lr=0.01", True),
-        ("optimizer.lr=0.001", True),
-    ]
-    assert (rows[2]["member"], rows[2]["finished"]) == ("optimizer.lr=1e+30", False)
-    found = [line for line in report(sweep) if not line.startswith(" ")]
-    assert [line.rsplit(", ")[-1] for line in found] == ["finished", "finished", "not queued"]
+    states = [slurm.finish(job_id(sweep, str(i)), PATIENCE_S)["JobState"] for i in range(2)]
+    assert states == ["FAILED", "COMPLETED"]
+    rows = [(row["member"], row["finished"]) for row in table(runs.runs_below(sweep))]
+    assert rows == [("optimizer.lr=0.01", True), ("optimizer.lr=1e+30", False)]
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    told = report(sweep)
+    found = [line for line in told if not line.startswith(" ")]
+    assert [line.rsplit(", ")[-1] for line in found] == ["finished", "FAILED (NonZeroExitCode)"]
+    assert any("gradient norm is" in line for line in told), output(sweep, "0")
+    submit("-m", "--dry-run", SWEPT, *small(shards), f"run.dir={sweep}")
+    assert capsys.readouterr().out == f"submit: {sweep}/optimizer.lr=1e+30\n"
 
 
 @pytest.mark.slow
-def test_a_sweep_is_submitted_again_for_its_unfinished_members_alone(
-    slurm: Cluster, background: Background, shards: Path
-) -> None:
-    for i in range(3):
-        slurm.finish(job_id(background.sweep, str(i)), PATIENCE_S)
-    again = submitted(slurm, "-m", "--dry-run", SWEPT, *small(shards), f"run.dir={background.sweep}")
-    assert again.stdout == f"submit: {background.sweep}/optimizer.lr=1e+30\n", again.stderr
-
-
-@pytest.mark.slow
-def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background) -> None:
+def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background, shards: Path) -> None:
     chain = background.chain
     states = [slurm.finish(job_id(chain, name), PATIENCE_S)["JobState"] for name in ("finetune", "sharpen", "evaluate")]
     assert states == ["COMPLETED"] * 3, [output(chain, "finetune"), output(chain, "sharpen"), output(chain, "evaluate")]
@@ -216,19 +252,20 @@ def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background) ->
     assert output(chain, "evaluate") == "step_00000001\nenvironment options\n"
     record = json.loads((resolve(chain / "sharpen") / "record.json").read_text())
     assert record["config"]["weights"]["student"] == f"{chain}/finetune/export.safetensors"
+    submit("--dry-run", f"--chain={chain.parent}/chain.yaml", *small(shards), f"run.dir={chain}")  # it would go on
 
 
 @pytest.mark.slow
-def test_a_chain_ends_with_a_stage_that_fails(slurm: Cluster, shards: Path, tmp_path: Path) -> None:
-    """Its weights cannot be loaded; what follows is cancelled and does not wait for ever."""
-    (tmp_path / "chain.yaml").write_text(CHAIN)
-    (tmp_path / "weights").mkdir()
-    options = (*SMALL, f"data.train={shards}", "run.steps=1", f"weights.student={tmp_path}/weights", "--max-restarts=0")
-    done = submitted(
-        slurm, "--sbatch=--nodelist=n6", f"--chain={tmp_path}/chain.yaml", f"run.dir={tmp_path}/c", *options
-    )
-    assert done.returncode == 0, done.stderr
-    assert slurm.finish(job_id(tmp_path / "c", "finetune"), PATIENCE_S)["JobState"] == "FAILED"
+def test_a_chain_ends_with_a_stage_that_fails(
+    slurm: Cluster, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host is refused by check_host.py; what follows is cancelled and does not wait for ever."""
+    chain = background.broken
+    assert slurm.finish(job_id(chain, "finetune"), PATIENCE_S)["JobState"] == "FAILED"
     for name in ("sharpen", "evaluate"):
-        assert slurm.finish(job_id(tmp_path / "c", name), 30)["JobState"] == "CANCELLED"
-    assert "weights.student" in "\n".join(report(tmp_path / "c"))
+        assert slurm.finish(job_id(chain, name), 30)["JobState"] == "CANCELLED"
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    told = "\n".join(report(chain))
+    assert "NCCL_DEBUG=VERBOSE must be one of" in told
+    assert "FAILED (NonZeroExitCode)" in told
+    assert told.count(", CANCELLED (DependencyNeverSatisfied)") == 2, told

@@ -1,8 +1,10 @@
 """Progress, errors and results read from run folders that no one writes any more."""
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from launch import runs
@@ -43,18 +45,70 @@ def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path) -> None:
     assert len(runs.metrics(file, 10**9)) == 1000
 
 
-def test_what_a_job_said_of_its_failure_is_shown(tmp_path: Path) -> None:
-    run = written_run(tmp_path / "run", 100, [1.0])
+def submitted_job(run: Path, number: int, said: list[str]) -> Path:
     job = run / "launch" / "0001" / "jobs" / "0"
     job.mkdir(parents=True)
     (job / "run_dir").write_text(f"{run}\n")
-    (job / "job_id").write_text("17\n")
-    said = ["a warning", "torch.distributed.elastic.ChildFailedError: x"]
-    telling = ["FloatingPointError: step 3: no update", "srun: error: n2: task 1: Exited"]
-    (job / "output.log").write_text("\n".join(said + telling))
+    (run / "job").write_text(f"{job}\n")
+    (job / "job_id").write_text(f"{number}\n")
+    (job / "output.log").write_text("\n".join(said))
+    return job
+
+
+def test_what_a_job_said_of_its_failure_is_shown(tmp_path: Path) -> None:
+    """Of its last start, each thing once, and nothing that is no error."""
+    run = written_run(tmp_path / "run", 100, [1.0])
+    start = "launch: job 17 on n[1-2], start {}, 2026-01-01T00:00:00: starts from scratch"
+    said = [start.format(1), "ValueError: of an earlier start", start.format(2), "a warning"]
+    said += ["kontext-train: attention by cpu", "launch: n2: warning: NCCL_P2P_DISABLE=1 makes NCCL slow"]
+    said += [f"kontext-train: step {i}: left out a bad sample: x" for i in range(9)]
+    said += ["torch.distributed.elastic.ChildFailedError: x"]
+    said += ["kontext_train.training.stability.Unstable: step 3: no update"]
+    said += [f"kontext-train: rank 9, step 3, phase data: no sign of life. So rank {i} ends" for i in range(8)]
+    said += [f"[rank{i}]: RuntimeError: of all ranks" for i in range(8)]
+    said += [
+        "srun: error: n2: task 1: Exited",
+        "launch: job 17 on n[1-2], start 2, 2026-01-01T00:01:00: ends with status 1",
+    ]
+    job = submitted_job(run, 17, said)
+    (job / "ended").write_text("1\n")
     lines = report(run)
-    assert lines[0] == f"{run}: job 17, not queued"
-    assert lines[3:] == [*(f"  {line}" for line in telling), f"  all of it: {job}/output.log"]
+    assert lines[0] == f"{run}: job 17, FAILED (status 1)"
+    assert lines[3:] == [
+        "  kontext_train.training.stability.Unstable: step 3: no update",
+        "  kontext-train: rank 9, step 3, phase data: no sign of life. So rank 0 ends",
+        "  [rank0]: RuntimeError: of all ranks",
+        f"  all of it: {job}/output.log",
+    ]
+    (job / "output.log").write_text("slurmstepd: error: *** JOB 17 CANCELLED DUE TO TIME LIMIT ***")
+    (job / "ended").unlink()
+    lines = report(tmp_path)  # from above: the run itself tells whose job it is
+    assert lines[0] == f"{run}: job 17, ended by force: cancelled, past its time limit, or its node is gone"
+    assert lines[3] == "  slurmstepd: error: *** JOB 17 CANCELLED DUE TO TIME LIMIT ***"
+
+
+def test_states_are_slurms_own_where_it_remembers_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller forgets a job after minutes; accounting, where there is some, does not."""
+    jobs = {
+        name: submitted_job(written_run(tmp_path / name, 10, [1.0], saved=10), 20 + i, [])
+        for i, name in enumerate("abc")
+    }
+    (jobs["c"] / "ended").write_text("3\n")
+    for name, prints in {"squeue": "20|TIMEOUT|TimeLimit", "sacct": "21|CANCELLED by 1000\n20|COMPLETED"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{prints}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    told = [line.partition(", ")[2] for line in report(tmp_path) if not line.startswith(" ")]
+    assert told == ["TIMEOUT (TimeLimit)", "CANCELLED by 1000", "FAILED (status 3)"]
+
+
+def test_checkpoints_are_found_where_the_run_keeps_them(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", 10, [1.0])
+    written_run(tmp_path / "saved", 10, [], saved=10)
+    (run / "config.yaml").write_text(f"run: {{steps: 10}}\ncheckpoint: {{folder: {tmp_path}/saved/checkpoints}}\n")
+    assert runs.read(run).finished
+    (run / "config.yaml").write_text("run: {steps: 10}\ncheckpoint: {folder: 's3://bucket/run'}\n")
+    assert report(run)[2:] == ["  checkpoints are in s3://bucket/run"]
 
 
 def test_results_have_the_best_first_and_every_member(tmp_path: Path) -> None:

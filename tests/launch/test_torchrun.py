@@ -1,60 +1,43 @@
-"""launch/torchrun.sh on one host: ranks that die are started again, signals save, and the exit status tells which."""
+"""launch/torchrun.sh on one host: signals save, the exit status tells which, and a frozen torchrun is ended."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from launch import runs
-from tests.launch.cluster import command_line, environment, kill, processes
-from tests.launch.conftest import ROOT, Straight
-from tests.launch.test_slurm import same, wait_for_step
+from kontext_train.config import TrainConfig
+from kontext_train.errors import ConfigError
+from kontext_train.train import INTERRUPTED, start
+from launch import end_frozen, runs
+from tests.launch import leftovers
+from tests.launch.conftest import ROOT, wait_for_step
+from tests.runs import SMALL
 
 
 @contextmanager
-def torchrun(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def torchrun(session: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A started launch/torchrun.sh; its output in `communicate()`, all its processes gone afterwards."""
-    mark = f"test-{os.getpid()}-{id(arguments)}"
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *arguments]
-    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "RUN_ID": mark} | variables
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), leftovers.MARK: str(session)} | variables
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    leftovers.started(session, process.pid)
     try:
         yield process
     finally:
-        for pid in processes():
-            if environment(pid).get("RUN_ID") == mark:
-                kill(pid)
+        leftovers.end_marked(session)
         process.wait()
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Process ids of the training ranks, by rank."""
-    mark = environment(process.pid)["RUN_ID"]
-    ours = [p for p in processes() if environment(p).get("RUN_ID") == mark and "RANK" in environment(p)]
-    return {int(environment(p)["RANK"]): p for p in ours if "-m kontext_train.train" in command_line(p)}
-
-
 @pytest.mark.slow
-def test_a_killed_rank_is_started_again_and_the_run_ends_bitwise_the_same(straight: Straight, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    with torchrun(*straight.slow, f"run.dir={run_dir}", RANKS="2", MAX_RESTARTS="1") as process:
-        wait_for_step(run_dir, 7)
-        kill(ranks_of(process)[1])
-        output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert "going on from" in output
-    assert same(run_dir, straight.run_dir)
-
-
-@pytest.mark.slow
-def test_a_signal_saves_and_the_status_says_so(straight: Straight, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_status_says_so(session: Path, shards: Path, tmp_path: Path) -> None:
     """It is no failure to start again after. (SIGUSR1, to every process, is what Slurm's preemption sends.)"""
     run_dir = tmp_path / "run"
-    with torchrun(*straight.slow, f"run.dir={run_dir}", RANKS="1", MAX_RESTARTS="3") as process:
+    options = (*SMALL, f"data.train={shards}", "run.steps=100000", f"run.dir={run_dir}")
+    with torchrun(session, *options, RANKS="1", MAX_RESTARTS="3") as process:
         wait_for_step(run_dir, 3)
         process.terminate()
         output, _ = process.communicate(timeout=100)
@@ -66,8 +49,50 @@ def test_a_signal_saves_and_the_status_says_so(straight: Straight, tmp_path: Pat
     assert now.checkpoint.name == f"step_{now.step:08d}"
 
 
-def test_more_nodes_need_a_head() -> None:
-    with torchrun(NODES="2") as process:
+def test_an_interruption_is_forgotten_when_ranks_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what fails later would pass for stopped, and be queued again for ever."""
+    told_by = tmp_path / "interrupted"
+    told_by.touch()
+    monkeypatch.setenv(INTERRUPTED, str(told_by))
+
+    def fails() -> TrainConfig:
+        raise ConfigError("run.steps", 0, "must be at least 1", "Use 1")
+
+    with pytest.raises(SystemExit, match="2"):
+        start(fails)
+    assert not told_by.exists()
+
+
+def test_more_nodes_need_a_head(session: Path) -> None:
+    with torchrun(session, NODES="2") as process:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "NODES=2 needs HEAD=HOST:PORT" in output
+
+
+def test_a_torchrun_is_ended_if_all_its_ranks_are_zombies_and_only_then() -> None:
+    """Stand-ins that start ranks and never look at them: all ended, one alive, none yet."""
+    ranks = {"frozen": ["true", "true"], "ending": ["true", "sleep 60"], "waiting": []}
+    never_looks = "import subprocess as s, sys, time; r = [s.Popen(a.split()) for a in sys.argv[1:]]; time.sleep(60)"
+    torchruns = {name: subprocess.Popen([sys.executable, "-c", never_looks, *own]) for name, own in ranks.items()}
+    command = [sys.executable, end_frozen.__file__]
+    watchers = {
+        name: subprocess.Popen([*command, str(p.pid), "1"], stderr=subprocess.PIPE, text=True)
+        for name, p in torchruns.items()
+    }
+    try:
+        _, said = watchers["frozen"].communicate(timeout=30)
+        assert torchruns["frozen"].wait(timeout=10) == -9
+        assert "all ranks of this host ended 1 s ago and torchrun has not noticed" in said
+        for name in ("ending", "waiting"):
+            with pytest.raises(subprocess.TimeoutExpired, match="timed out"):
+                watchers[name].wait(timeout=2)
+            assert torchruns[name].poll() is None
+            torchruns[name].kill()
+            torchruns[name].wait()
+            assert watchers[name].wait(timeout=10) == 0, "it ends with torchrun"
+    finally:
+        for process in (*torchruns.values(), *watchers.values()):
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()

@@ -5,47 +5,51 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.launch.cluster import environment, kill, processes, until
-from tests.launch.conftest import OPTIONS, ROOT, Straight
-from tests.launch.test_slurm import same, wait_for_step
+from launch import runs
+from tests.launch import leftovers
+from tests.launch.cluster import until
+from tests.launch.conftest import OPTIONS, PATIENCE_S, ROOT, Straight, ranks_of, same, wait_for_step
+from tests.launch.leftovers import kill
 from tests.runs import SMALL
 
-TIMEOUT_S = 20
+TIMEOUT_S, FROZEN_S = 20, 3
+MARGIN_S = 20  # for a busy machine; the watchdog's own 12 beats are 12 s
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
 
 @dataclass(slots=True)
 class Hosts:
-    prefix: str
+    session: Path
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> str:
+        return f"kt{os.getpid()}"
 
     def link(self, state: str) -> None:
         ip("-n", f"{self.prefix}a", "link", "set", "e0", state)
 
-    def start(self, host: str, output: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        """launch/torchrun.sh on a host."""
-        command = ["nsenter", f"--net=/run/netns/{self.prefix}{host}", "unshare", "--uts", "bash", "-c"]
-        script = ['hostname $0; exec bash launch/torchrun.sh "$@"', f"host-{host}", *arguments]
-        own = {"PYTHONPATH": str(ROOT), "NODES": "2", "RANKS": "1", "MAX_RESTARTS": "0", "RUN_ID": self.prefix}
-        env = os.environ | own | {"HEAD": f"{ADDRESSES['a']}:29400", "PYTHON": sys.executable}
-        with output.open("wb") as file:
-            return subprocess.Popen([*command, *script], env=env, cwd=ROOT, stdout=file, stderr=file)
-
-    def end_processes(self) -> None:
-        for pid in processes():
-            if environment(pid).get("RUN_ID") == self.prefix:
-                kill(pid)
-
-    def end(self) -> None:
-        self.end_processes()
+    def start(self, outputs: Path, restarts: int = 0) -> list[subprocess.Popen[bytes]]:
+        """launch/torchrun.sh on both."""
+        own = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, leftovers.MARK: str(self.session)}
+        own |= {"NODES": "2", "RANKS": "1", "HEAD": f"{ADDRESSES['a']}:29400"}
+        own |= {"MAX_RESTARTS": str(restarts), "FROZEN_S": str(FROZEN_S)}
+        outputs.mkdir()
+        made = []
         for host in ADDRESSES:
-            with suppress(subprocess.CalledProcessError):  # it was not made
-                ip("netns", "del", f"{self.prefix}{host}")
+            command = ["nsenter", f"--net=/run/netns/{self.prefix}{host}", "unshare", "--uts", "bash", "-c"]
+            script = ['hostname $0; exec bash launch/torchrun.sh "$@"', f"host-{host}", *self.options]
+            with (outputs / host).open("wb") as file:
+                made.append(
+                    subprocess.Popen([*command, *script], env=os.environ | own, cwd=ROOT, stdout=file, stderr=file)
+                )
+            leftovers.started(self.session, made[-1].pid)
+        return made
 
 
 def ip(*arguments: str) -> None:
@@ -53,10 +57,8 @@ def ip(*arguments: str) -> None:
 
 
 @pytest.fixture
-def hosts(installed: None) -> Iterator[Hosts]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root, and this is not root")
-    made = Hosts(f"kt{os.getpid()}")
+def hosts(installed: None, session: Path) -> Iterator[Hosts]:
+    made = Hosts(session)
     try:
         for host in ADDRESSES:
             ip("netns", "add", f"{made.prefix}{host}")
@@ -68,33 +70,55 @@ def hosts(installed: None) -> Iterator[Hosts]:
             ip("-n", f"{made.prefix}{host}", "link", "set", "e0", "up")
         yield made
     finally:
-        made.end()
+        leftovers.end_marked(session)
+        leftovers.remove_namespaces(session)
 
 
 @pytest.mark.slow
-def test_a_pulled_cable_ends_both_with_a_reason_and_the_run_goes_on_after(
+def test_killed_ranks_and_a_pulled_cable_end_both_with_a_reason_and_the_run_goes_on_bitwise(
     hosts: Hosts, straight: Straight, shards: Path, tmp_path: Path
 ) -> None:
     """At full speed, over local shards: no one else is on this network."""
-    options = (*SMALL, *OPTIONS, f"parallel.timeout_s={TIMEOUT_S}", f"data.train={shards}", f"run.dir={tmp_path}/run")
-    first = [hosts.start(host, tmp_path / f"first.{host}", *options) for host in ADDRESSES]
-    wait_for_step(tmp_path / "run", 6)
+    run_dir = tmp_path / "run"
+    hosts.options += [*SMALL, *OPTIONS, f"parallel.timeout_s={TIMEOUT_S}", f"data.train={shards}", f"run.dir={run_dir}"]
+
+    def said(start: str, host: str) -> str:
+        return (tmp_path / start / host).read_text()
+
+    def wait_for_start(start: str, count: int) -> None:
+        """For steps that the count-th start of the ranks has made, going on from a checkpoint."""
+        until(lambda: said(start, "a").count("going on from") == count, PATIENCE_S, lambda: said(start, "a"))
+        newest = runs.read(run_dir)
+        assert newest.checkpoint is not None
+        wait_for_step(run_dir, int(newest.checkpoint.name.removeprefix("step_")) + 1)
+
+    # A rank is killed: both hosts start theirs again. Killed once more than --max-restarts: both end, and say why.
+    processes = hosts.start(tmp_path / "first", restarts=1)
+    wait_for_step(run_dir, 6)
+    kill(ranks_of(hosts.session)[1])
+    wait_for_start("first", 1)
+    kill(ranks_of(hosts.session)[1])
+    assert [process.wait(timeout=PATIENCE_S) for process in processes] == [1, 1], said("first", "a")
+    assert len(re.findall(r"rank 1, step \d+, phase .*: no sign of life", said("first", "a"))) == 2, said("first", "a")
+    assert re.search(r"exitcode +: -9 .*SIGKILL", said("first", "b")), said("first", "b")
+
+    # The cable is pulled: each host's rank has a reason of its own, and torchrun ends on both.
+    processes = hosts.start(tmp_path / "second")
+    wait_for_start("second", 1)
     hosts.link("down")
-
-    def said(host: str) -> str:
-        return (tmp_path / f"first.{host}").read_text()
-
+    bound_s = TIMEOUT_S + FROZEN_S + MARGIN_S
+    until(lambda: None not in [p.poll() for p in processes], bound_s, lambda: said("second", "a") + said("second", "b"))
+    assert [process.returncode for process in processes] == [1, 137], said("second", "a") + said("second", "b")
     reasons = {
         "a": r"rank 1, step \d+, phase .*: no sign of life for [\d.]+ s.* So rank 0 ends",
         "b": r"The store that torchrun keeps at 10\.77\.0\.1:\d+ is gone or frozen: .* So rank 1 ends",
     }
-    # The ranks' own reasons, not the collective's timeout, which comes later and says less.
-    until(lambda: all(re.search(reasons[h], said(h)) for h in ADDRESSES), 60, lambda: said("a") + said("b"))
-    assert first[0].wait(timeout=60) == 1
-    hosts.end_processes()  # torchrun on b may hang in a read from a; on Slurm, srun ends it after a minute
+    for host, reason in reasons.items():
+        assert re.search(reason, said("second", host)), said("second", host)
+    assert f"launch: host-b: all ranks of this host ended {FROZEN_S} s ago" in said("second", "b")
 
     hosts.link("up")
-    second = [hosts.start(host, tmp_path / f"second.{host}", *options) for host in ADDRESSES]
-    assert [process.wait(timeout=200) for process in second] == [0, 0], (tmp_path / "second.a").read_text()
-    assert "going on from" in (tmp_path / "second.a").read_text()
-    assert same(tmp_path / "run", straight.run_dir)
+    processes = hosts.start(tmp_path / "third")
+    assert [process.wait(timeout=PATIENCE_S) for process in processes] == [0, 0], said("third", "a")
+    assert "going on from" in said("third", "a")
+    assert same(run_dir, straight.run_dir)
