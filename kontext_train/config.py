@@ -4,6 +4,7 @@ Defaults stand in those dataclasses and nowhere else; `conf/` holds choices. Imp
 that `--help` and `--cfg job` answer at once.
 """
 
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kontext_train.data.config import DataConfig, SourceConfig, is_url
 from kontext_train.distributed.config import Float8, ParallelConfig, Precision
 from kontext_train.errors import ConfigError
+from kontext_train.evaluation.config import InTrainingConfig
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import (
     EncodersConfig,
@@ -80,6 +82,7 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: InTrainingConfig = field(default_factory=InTrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -337,6 +340,16 @@ def _check_keeping(config: TrainConfig) -> None:
     if config.checkpoint.keep_best and (config.data.validation is None or save_every % validate_every):
         rule = "needs data.validation, and run.save_every_steps to be a multiple of run.validate_every_steps"
         raise ConfigError("checkpoint.keep_best", config.checkpoint.keep_best, rule, "Validate at each save")
+    if config.evaluation.benchmark is not None and config.data.validation is None:
+        rule = "is made when a run validates, and data.validation is not given"
+        raise ConfigError("evaluation.benchmark", config.evaluation.benchmark, rule, "Give data.validation")
+    best_by = config.checkpoint.best_by
+    if not re.fullmatch(r"validation/loss(_t[0-7])?|benchmark/.+", best_by):
+        rule = "is no number of validation"
+        raise ConfigError("checkpoint.best_by", best_by, rule, "validation/loss, or benchmark/target_mae for example")
+    if best_by.startswith("benchmark/") and config.evaluation.benchmark is None:
+        rule = "is measured on evaluation.benchmark, which is not given"
+        raise ConfigError("checkpoint.best_by", best_by, rule, "Give it, or use validation/loss")
 
 
 def _check_master_dtype(config: TrainConfig) -> None:

@@ -120,6 +120,7 @@ def train(config: TrainConfig) -> None:
     import torch
     from torch import nn
 
+    from kontext_train.data.config import Crop
     from kontext_train.data.encode import encode_empty_prompt, load_encoders
     from kontext_train.data.encoded import check_encoding
     from kontext_train.data.loader import PackReader, rank_packs, train_batches
@@ -132,6 +133,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.distributed.parallelize import parallelize, shard
     from kontext_train.distributed.setup import process_group
     from kontext_train.distributed.watchdog import watchdog
+    from kontext_train.evaluation.in_training import BenchmarkSlice
     from kontext_train.models.attention import attention_function, usable_backend
     from kontext_train.models.flops import forward_flops
     from kontext_train.models.flux import Flux
@@ -188,8 +190,9 @@ def train(config: TrainConfig) -> None:
         sources = [*sources, its_source]
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
-    draws = held_out is not None and config.validation.pictures > 0
-    needs_text = not all_stored or draws or isinstance(config.objective, SafetyConfig)
+    draws = config.validation.pictures > 0 or config.evaluation.benchmark is not None
+    has_prompts = isinstance(config.objective, SafetyConfig)
+    needs_text = not all_stored or (held_out is not None and draws) or has_prompts
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
@@ -326,6 +329,19 @@ def train(config: TrainConfig) -> None:
             steps = its_planner.fixed(config.validation.samples, world.dp_size)
             fixed = rank_packs(steps, world.dp_rank, world.dp_size)
             pictured = its_planner.fixed(config.validation.pictures, 1) if config.validation.pictures else []
+            benchmark = None
+            if config.evaluation.benchmark is not None:
+                benchmark = BenchmarkSlice(
+                    config.evaluation,
+                    encoders,
+                    config.validation.sampler,
+                    config.flow,
+                    replace(Transform.of(config.data, pixels_per_token, seed=0), crop=Crop.center),
+                    best_by=config.checkpoint.best_by,
+                    guidance_embed=config.model.guidance_embed,
+                    world=world,
+                    run_dir=folder,
+                )
             validation = Validation(
                 [its_reader[pack] for pack in fixed],
                 [its_reader[pack] for (pack,) in pictured],
@@ -336,6 +352,7 @@ def train(config: TrainConfig) -> None:
                 guidance=config.validation.guidance if config.model.guidance_embed else None,
                 device=world.device,
                 holders=world.cp,
+                benchmark=benchmark,
             )
         log = RunLog(folder, config.logging, plain(config), config.run.steps, trainer.step, world.is_main)
         failed = True

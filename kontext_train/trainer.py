@@ -26,7 +26,7 @@ from kontext_train.objectives.base import Objective
 from kontext_train.randomness import VisitRandom
 from kontext_train.training import checkpoint
 from kontext_train.training.bad_samples import BadSamples
-from kontext_train.training.checkpoint_saver import LOSS, Saver
+from kontext_train.training.checkpoint_saver import VALIDATED, Saver
 from kontext_train.training.config import RunConfig, ScheduleConfig
 from kontext_train.training.ema import EMA
 from kontext_train.training.health import Health
@@ -154,14 +154,14 @@ class Trainer:
                     print(f"kontext-train: step {self.step}: {warning}", file=sys.stderr)
                 log.write(self.step, means | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
-            paused, loss = time.perf_counter(), None
+            paused, validated = time.perf_counter(), None
             if validation is not None and (self.due(self.config.validate_every_steps) or last):
                 self.at("validation")
-                loss = self.validate(validation, log)
+                validated = self.validate(validation, log)
             if self.due(self.config.save_every_steps) or last or stopping:
                 self.at("save")
                 with self.health.stragglers.timed("save"):
-                    self.save(loss, last or stopping)
+                    self.save(validated, last or stopping)
                 log.write(self.step, self.saver.metrics())
             window.paused += time.perf_counter() - paused
             self.health.profiler.step()
@@ -261,18 +261,21 @@ class Trainer:
             "speed/mfu": total["tflop"] / self.world.size / seconds / peak,
         }
 
-    def validate(self, validation: Validation, log: RunLog) -> float:
-        """Returns the loss, the same on every rank."""
+    def validate(self, validation: Validation, log: RunLog) -> dict[str, float]:
+        """Returns all that was measured, the same on every rank."""
         student = self.objective.modules["student"]
         picture = Path(self.config.dir) / "samples" / f"step_{self.step:08d}.png"
         with self.ema.applied() if self.ema is not None else nullcontext():
-            losses = validation.losses(student)
-            log.write(self.step, losses)
+            numbers = validation.losses(student)
+            if validation.benchmark is not None:
+                numbers |= validation.benchmark.measure(student, self.step)
+                log.picture(self.step, "benchmark", validation.benchmark.picture(self.step))
+            log.write(self.step, numbers)
             if validation.config.pictures:
                 validation.draw(student, picture)
                 log.picture(self.step, "samples", picture)
             reshard(student)
-        return losses["validation/loss"]
+        return numbers
 
     # -- keeping -------------------------------------------------------------------------------------------------
 
@@ -285,10 +288,10 @@ class Trainer:
             "ema": self.ema.average if self.ema is not None else {},
         }
 
-    def save(self, validation_loss: float | None, wait: bool) -> None:
+    def save(self, validated: dict[str, float] | None, wait: bool) -> None:
         """wait: until the checkpoint is complete, and not only copied to host memory."""
         place = {"step": self.step, "position": asdict(self.position), "bad_samples": self.bad.state()}
-        place |= {"stability": self.health.stability.state(), LOSS: validation_loss}
+        place |= {"stability": self.health.stability.state(), VALIDATED: validated}
         self.saver.save(self.step, self.state(), self.record | place, wait)
 
     def load(self, path: Path) -> None:

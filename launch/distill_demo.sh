@@ -20,9 +20,9 @@ QUIET=(logging.progress_bar=false logging.wandb=disabled)
 
 say "drawing pictures of one thing, and edits: $OUT/one_thing, $OUT/edits"
 [ -e "$OUT/edits/index.arrow" ] || {
-  rm -rf "$OUT/one_thing" "$OUT/edits"
+  rm -rf "$OUT/one_thing" "$OUT/asked" "$OUT/edits"
   "$PYTHON" -m quickstart.distill data --out "$OUT"
-  "$PYTHON" -m data_tools.index_shards "$OUT/one_thing" "$OUT/edits"
+  "$PYTHON" -m data_tools.index_shards "$OUT/one_thing" "$OUT/asked" "$OUT/edits"
 }
 MIX=(data=mixture "data.sources.edits.path=$OUT/edits" data.sources.edits.weight=0.4 data.sources.text_to_image.weight=0.6
   data.sources.text_to_image.prompt_dropout=null)
@@ -31,26 +31,34 @@ say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 [ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
   "out=$OUT/quickstart.safetensors" dtype=float32
 both kontext_train.train experiment=quickstart "${MIX[@]}" "data.sources.text_to_image.path=$OUT/one_thing" \
+  "data.sources.edits.path=$QUICKSTART/shards/train" \
   "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
   run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
 say "the teacher's own pictures, by 28 steps with guidance: $OUT/targets"
-[ -e "$OUT/targets/index.arrow" ] || both data_tools.generate_targets "$OUT/one_thing" --out "$OUT/targets" \
+[ -e "$OUT/targets/index.arrow" ] || both data_tools.generate_targets "$OUT/asked" --out "$OUT/targets" \
   --teacher "$OUT/teacher.safetensors" --guidance "$GUIDANCE" --steps 28 --samples-at-once 64
-TEACHER=("weights.student=$OUT/teacher.safetensors" "weights.teacher=$OUT/teacher.safetensors"
-  weights.frozen_dtype=float32 "${QUIET[@]}")
+TEACHER=("weights.teacher=$OUT/teacher.safetensors" weights.frozen_dtype=float32 "${QUIET[@]}")
 
-say "pro, by LADD: $OUT/pro"
+say "pro, by LADD, read at high noise: what stands where: $OUT/pro_structure"
 both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
-  "${TEACHER[@]}" "run.dir=$OUT/pro"
+  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro_structure"
+[ -e "$OUT/pro_structure.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/pro_structure" \
+  "out=$OUT/pro_structure.safetensors" dtype=float32
+
+say "and on, read at low noise: colours: $OUT/pro"
+both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
+  data.sources.edits.weight=0.5 data.sources.text_to_image.weight=0.5 \
+  "${TEACHER[@]}" "weights.student=$OUT/pro_structure.safetensors" "run.dir=$OUT/pro" objective.renoise_mean=-1 \
+  objective.warmup_steps=0 optimizer.lr=3e-4 run.steps=300 ema.half_life_images=2000
 
 say "the control by regression, and dev by guidance distillation, a core each: $OUT/regression.safetensors, $OUT/dev"
 [ -e "$OUT/regression.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" \
-  --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1500 &
+  --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1000 &
 "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
-  "${TEACHER[@]}" "run.dir=$OUT/dev"
+  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev"
 wait $!
 
 say "sampling all of them"

@@ -33,6 +33,7 @@ cat <<EOF
 Done in $((SECONDS - STARTED)) s after installation. Look at:
   $OUT/edits.png        context | result | truth, on scenes it never saw
   $OUT/multi_turn.png   six edits in a row, each on its own result
+  $OUT/report           index.html opens in a browser: all images, all numbers
   $OUT/loss.png         training and validation loss
   $OUT/summary.json     all the numbers
   $OUT/run              config.yaml, metrics.jsonl, samples/, checkpoints/

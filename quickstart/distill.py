@@ -37,7 +37,7 @@ from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.randomness import VisitRandom
 from kontext_train.training.pictures import save_grid
 from quickstart import scenes, scoring
-from quickstart.evaluate import held_out_examples, image_HWC, picture
+from quickstart.benchmark import held_out_examples, picture
 from quickstart.make_dataset import SAMPLES_PER_SHARD, to_sample, write_shards
 from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 
@@ -51,7 +51,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distillation on the quickstart's world")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the shards")
-    data.add_argument("--samples", type=int, default=12_000)
     regress = commands.add_parser("regress", help="train the control")
     regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
     regress.add_argument("--steps", type=int, default=1000)
@@ -68,8 +67,9 @@ def main() -> None:
     torch.manual_seed(0)
     match arguments.command:
         case "data":
-            write_one_thing(arguments.out / "one_thing", arguments.samples)
-            write_shards(arguments.out / "edits", arguments.samples, seed=2, describe_fraction=0.0)
+            write_one_thing(arguments.out / "one_thing", 12_000)
+            write_one_thing(arguments.out / "asked", 4096)  # the first of them: what the teacher is asked to draw
+            write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
         case "regress":
             control = regressed(arguments.teacher, arguments.targets, arguments.steps)
             save_file(control, arguments.out / "regression.safetensors")
@@ -211,7 +211,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     places = Counter(
         example.target.cells().index((t.row, t.column)) for example in things for t in example.target.things
     )
-    dev_error, unguided_error = guidance_errors(teacher, load_trained(arguments.dev), edits[: count // 4])
+    errors = guidance_errors(teacher, load_trained(arguments.dev), edits[: count // 4])
+    dev_error, unguided_error = np.mean(list(errors.values()), axis=0).tolist()
     summary: dict[str, object] = {
         "teacher": {str(n): results["teacher", n].accuracy for n in TEACHER_STEPS},
         "student": {str(n): results["student", n].accuracy for n in STUDENT_STEPS},
@@ -223,26 +224,28 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
         "unguided_guidance_error": unguided_error,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (out / "table.md").write_text(table(results))
+    (out / "table.md").write_text(table(results) + "\n" + table_of_guidance(errors))
     chosen = [pictures["teacher", 28], pictures["student", 4], pictures["student", 1]]
     rows = [(e.prompt, list(row)) for e, *row in islice(zip(things, *chosen, strict=True), 12)]
     save_grid(out / "pictures.png", rows, scale=3)
     return summary
 
 
-def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> tuple[float, float]:
-    """Mean absolute difference, pictures in [0, 1], to what guidance makes: of dev, told the scale, and of no guidance.
-
-    The same noise for all; the mean over SCALES.
+def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> dict[float, tuple[float, float]]:
+    """Mean absolute difference, pictures in [0, 1], to what guidance makes at each of SCALES: of dev, told the scale,
+    and of no guidance. The same noise for all.
     """
     unguided = generate(teacher, edits, SamplerConfig(steps=8))
-    errors = []
+    errors = {}
     for scale in SCALES:
         goal = generate(teacher, edits, SamplerConfig(steps=8, guidance=scale))
         told = generate(dev, edits, SamplerConfig(steps=8, embedded_guidance=scale))
-        errors.append([difference(told, goal), difference(unguided, goal)])
-    dev_error, unguided_error = np.mean(errors, axis=0).tolist()
-    return dev_error, unguided_error
+        errors[scale] = (difference(told, goal), difference(unguided, goal))
+    return errors
+
+
+def image_HWC(image: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def difference(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
@@ -258,6 +261,11 @@ def table(results: dict[tuple[str, int], Result]) -> str:
         entropy = result.entropy / math.log(4)
         lines.append(f"| {name} | {steps} | {result.accuracy:.3f} | {low:.3f} to {high:.3f} | {entropy:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def table_of_guidance(errors: dict[float, tuple[float, float]]) -> str:
+    lines = ["| guidance | difference of dev to it | of no guidance to it |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {w:g} | {dev:.4f} | {none:.4f} |" for w, (dev, none) in errors.items())]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,46 +1,34 @@
-"""Judge a quickstart run by rendering the truth: summary.json, edits.png and multi_turn.png.
+"""Judge a quickstart run by rendering the truth: summary.json, edits.png, multi_turn.png and a report.
 
 python -m quickstart.evaluate --run outputs/quickstart/run --out outputs/quickstart
+
+What is made and measured is in results/, as kontext-evaluate would have it: the same command goes on after a stop.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from kontext_train.evaluation.trained import Trained, load_trained
+from kontext_train.evaluation.benchmark import Case, read_benchmark
+from kontext_train.evaluation.config import MakingConfig
+from kontext_train.evaluation.make_images import describe_model, make_images, settings_of
+from kontext_train.evaluation.metrics.pixels import Pixels
+from kontext_train.evaluation.report import write_report
+from kontext_train.evaluation.results import Results, open_results
+from kontext_train.evaluation.scoring import read_scores, score
+from kontext_train.evaluation.trained import load_trained
 from kontext_train.flow.config import SamplerConfig
-from kontext_train.generate import Request
 from kontext_train.training.metrics import read_metrics
 from kontext_train.training.pictures import save_grid
-from quickstart import scenes, scoring
-from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Scene, Split
+from quickstart.benchmark import HELD_OUT, Exact, as_tensor, write_benchmark
+from quickstart.scenes import COMBINATION_KINDS, EDIT_KINDS
 
-SEED = 1000  # of the evaluation's scenes; training draws its own with another seed and split
-AT_ONCE = 64  # images sampled in one packed sequence
-SAMPLER = SamplerConfig(steps=8)
-
-
-@dataclass
-class Chain:
-    """A scene and the edits to be done on it, one after the other."""
-
-    start: Scene
-    edits: list[Edit]
-    prompts: list[str]
-
-    def truths(self) -> list[Scene]:
-        """The start and the right outcome after each turn."""
-        result = [self.start]
-        for edit in self.edits:
-            result.append(scenes.apply_edit(result[-1], edit))
-        return result
+MAKING = MakingConfig(sampler=SamplerConfig(steps=8), at_once=64)
 
 
 def main() -> None:
@@ -56,105 +44,65 @@ def main() -> None:
 
 
 def evaluate(run: Path, out: Path, samples: int, chains: int) -> dict[str, float]:
-    """Writes summary.json and the pictures into `out`; returns the summary."""
-    torch.manual_seed(0)
-    trained = load_trained(run)
-    edits = held_out_examples(Split.HELDOUT_SCENES, samples, EDIT_KINDS)
-    results = sample_examples(trained, edits)
-    scores = [scoring.score_example(image_HWC(i), e) for i, e in zip(results, edits, strict=True)]
-    combinations = held_out_examples(Split.HELDOUT_COMBINATIONS, samples // 2, scenes.COMBINATION_KINDS)
-    descriptions = held_out_examples(Split.HELDOUT_SCENES, samples // 4, (Kind.DESCRIBE,))
-    turns = sample_chains(trained, held_out_chains(chains, turns=6))
-
-    by_kind = {
-        f"edit_accuracy_{kind.value}": share([s for s, e in zip(scores, edits, strict=True) if e.edit.kind is kind])
-        for kind in EDIT_KINDS
-    }
+    """Writes summary.json, the pictures and the report into `out`; returns the summary."""
+    results = judged(run, out, "scenes", samples, chains)
+    blind = judged(run, out, "no_context", samples, 0)  # the same instructions, their context left out
+    write_report([results], out / "report")
+    kinds = [kind.value for kind in EDIT_KINDS]
+    combined = [f"{kind.value}, {HELD_OUT}" for kind in COMBINATION_KINDS]
     summary = {
-        "edit_accuracy": share(scores),
-        "edit_accuracy_heldout_combinations": share(score(trained, combinations)),
-        "untouched_mae": float(np.nanmean([s.untouched_mae for s in scores])),
-        "edited_cell_mae": float(np.nanmean([s.edited_cell_mae for s in scores])),
-        "no_context_accuracy": share(score(trained, edits, with_context=False)),
-        "text_to_image_accuracy": share(score(trained, descriptions)),
-        "multi_turn_all_right_at_3": float(np.mean([all(s.right for s in t.scores[:3]) for t in turns])),
-        "multi_turn_all_right_at_6": float(np.mean([all(s.right for s in t.scores) for t in turns])),
-        **by_kind,
+        "edit_accuracy": mean(results, "right", kinds),
+        "edit_accuracy_heldout_combinations": mean(results, "right", combined),
+        "untouched_mae": mean(results, "untouched_cell_mae", kinds),
+        "edited_cell_mae": mean(results, "edited_cell_mae", kinds),
+        "no_context_accuracy": mean(blind, "right", kinds),
+        "text_to_image_accuracy": mean(results, "right", ["describe"]),
+        "multi_turn_all_right_at_3": all_right(results, 3),
+        "multi_turn_all_right_at_6": all_right(results, 6),
+        **{f"edit_accuracy_{kind}": mean(results, "right", [kind]) for kind in kinds},
         **training_figures(run),
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_edits(out / "edits.png", edits[: 2 * len(EDIT_KINDS)], results)
-    draw_turns(out / "multi_turn.png", turns[:6])
-    Image.fromarray(scenes.draw(edits[0].contexts[0])).save(out / "scene.png")  # to try kontext-sample on
-    (out / "scene.txt").write_text(edits[0].prompt)
+    edits = [case for case in results.benchmark.pairs if case.category in kinds]
+    draw_edits(out / "edits.png", results, edits[: 2 * len(kinds)])
+    draw_turns(out / "multi_turn.png", results, results.benchmark.chains[:6])
+    with Image.open(edits[0].contexts[0]) as scene:
+        scene.save(out / "scene.png")  # to try kontext-sample on
+    (out / "scene.txt").write_text(edits[0].instruction)
     return summary
 
 
-def held_out_examples(split: Split, count: int, kinds: Sequence[Kind]) -> list[Example]:
-    """Every kind equally often."""
-    return [
-        scenes.sample_example(scenes.example_rng(SEED, split, i), split, kinds[i % len(kinds)]) for i in range(count)
-    ]
+def judged(run: Path, out: Path, name: str, samples: int, chains: int) -> Results:
+    """The run's images of one benchmark, made and measured."""
+    folder = out / "benchmarks" / name
+    write_benchmark(folder, samples, chains, with_context=name == "scenes")
+    benchmark = read_benchmark(folder)
+    model = describe_model(str(run), ema=True)
+    settings = settings_of("quickstart", model, benchmark, MAKING)
+    made = out / "results" / f"{name}_{model['digest']}_{benchmark.digest[:8]}"  # a run that trained on is another
+    make_images(lambda: load_trained(run), benchmark, made, settings, MAKING)
+    results = open_results(made)
+    score(results, [Exact(folder), Pixels()])
+    return results
 
 
-def held_out_chains(count: int, turns: int) -> list[Chain]:
-    chains = []
-    for i in range(count):
-        rng = scenes.example_rng(SEED + 1, Split.HELDOUT_SCENES, i)
-        start = scenes.sample_scene(rng, columns=scenes.COLUMNS[i % 2])
-        edits = scenes.sample_chain(rng, start, turns)
-        chains.append(Chain(start, edits, [scenes.phrase(edit, rng) for edit in edits]))
-    return chains
+def exact(results: Results) -> dict[str, dict[str, float]]:
+    """What `Exact` found, by key."""
+    return {image.split("@")[0]: found for image, found in read_scores(results)["exact"]["values"].items()}
 
 
-@dataclass
-class Turns:
-    """What became of a chain: the picture after each turn (the first is the start) and its score."""
-
-    chain: Chain
-    images: list[Tensor]
-    scores: list[scoring.Score]
+def mean(results: Results, number: str, categories: list[str]) -> float:
+    """Over the pairs of some categories that have this number."""
+    found = exact(results)
+    values = [found[case.key] for case in results.benchmark.pairs if case.category in categories]
+    return float(np.mean([value[number] for value in values if number in value]))
 
 
-def sample_chains(trained: Trained, chains: list[Chain]) -> list[Turns]:
-    """Every turn edits the model's own result of the turn before."""
-    turns = [Turns(chain, [picture(chain.start)], []) for chain in chains]
-    for number in range(len(chains[0].edits)):
-        requests = []
-        for i, t in enumerate(turns):
-            _, height, width = t.images[-1].shape
-            requests.append(Request(t.chain.prompts[number], t.images[-1:], height, width, seed=1000 * number + i))
-        for t, image in zip(turns, generate_all(trained, requests), strict=True):
-            before, after = t.chain.truths()[number : number + 2]
-            t.images.append(image)
-            t.scores.append(scoring.score_edit(image_HWC(image), before, after))
-    return turns
-
-
-def score(trained: Trained, examples: list[Example], with_context: bool = True) -> list[scoring.Score]:
-    results = sample_examples(trained, examples, with_context)
-    return [scoring.score_example(image_HWC(i), e) for i, e in zip(results, examples, strict=True)]
-
-
-def sample_examples(trained: Trained, examples: list[Example], with_context: bool = True) -> list[Tensor]:
-    requests = []
-    for i, example in enumerate(examples):
-        height, width, _ = scenes.draw(example.target).shape
-        contexts = [picture(scene) for scene in example.contexts] if with_context else []
-        requests.append(Request(example.prompt, contexts, height, width, seed=i))
-    return generate_all(trained, requests)
-
-
-def generate_all(trained: Trained, requests: list[Request]) -> list[Tensor]:
-    images = []
-    for first in range(0, len(requests), AT_ONCE):
-        images += trained.generate(requests[first : first + AT_ONCE], SAMPLER)
-    return images
-
-
-def share(scores: list[scoring.Score]) -> float:
-    return float(np.mean([s.right for s in scores]))
+def all_right(results: Results, turns: int) -> float:
+    """Share of chains whose first turns are all right."""
+    found = exact(results)
+    chains = results.benchmark.chains
+    return float(np.mean([all(found[case.key]["right"] for case in chain[:turns]) for chain in chains]))
 
 
 def training_figures(run: Path) -> dict[str, float]:
@@ -168,29 +116,28 @@ def training_figures(run: Path) -> dict[str, float]:
     }
 
 
-def picture(scene: Scene) -> Tensor:
-    return torch.from_numpy(scenes.draw(scene)).permute(2, 0, 1)
+def picture(file: Path) -> Tensor:
+    with Image.open(file) as image:
+        return as_tensor(np.array(image))
 
 
-def image_HWC(image: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-
-
-def draw_edits(file: Path, examples: list[Example], results: list[Tensor]) -> None:
+def draw_edits(file: Path, results: Results, edits: list[Case]) -> None:
     """context | second context, if any | result | truth"""
-    rows = [
-        (example.prompt, [*map(picture, example.contexts), result, picture(example.target)])
-        for example, result in zip(examples, results, strict=False)
-    ]
+    rows = []
+    for case in edits:
+        truth = [case.target] if case.target is not None else []
+        rows.append((case.instruction, list(map(picture, [*case.contexts, results.image(case.key, 0), *truth]))))
     save_grid(file, rows, scale=3)
 
 
-def draw_turns(file: Path, turns: list[Turns]) -> None:
+def draw_turns(file: Path, results: Results, chains: Sequence[Sequence[Case]]) -> None:
     """Two rows a chain: what the model made turn after turn, and the truth."""
     rows = []
-    for t in turns:
-        rows.append((" | ".join(t.chain.prompts), t.images))
-        rows.append(("truth", [picture(scene) for scene in t.chain.truths()]))
+    for chain in chains:
+        start = picture(chain[0].contexts[0])
+        made = [picture(results.image(case.key, 0)) for case in chain]
+        truths = [picture(case.target) for case in chain if case.target is not None]
+        rows += [(" | ".join(case.instruction for case in chain), [start, *made]), ("truth", [start, *truths])]
     save_grid(file, rows, scale=2)
 
 

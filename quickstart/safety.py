@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kontext_train.data.encode import conditioning, image_tokens
 from kontext_train.evaluation.trained import Trained, load_trained
+from kontext_train.flow.config import SamplerConfig
 from kontext_train.flow.sampler import euler
 from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.models.kontext import Conditioning, latent_from_tokens, predict_velocity
@@ -32,7 +33,8 @@ from kontext_train.objectives.conditioning_attack import Budget, attacked
 from kontext_train.randomness import VisitRandom
 from kontext_train.training.pictures import save_grid
 from quickstart import scenes, scoring
-from quickstart.evaluate import AT_ONCE, SAMPLER, image_HWC, picture, sample_examples
+from quickstart.benchmark import picture
+from quickstart.distill import AT_ONCE, generate, image_HWC
 from quickstart.make_dataset import to_png
 from quickstart.scenes import EDIT_KINDS, Example, Kind, Scene, Split
 
@@ -49,6 +51,7 @@ REWORDINGS = (
 )
 SEED = 3000  # of scenarios; the quickstart trains and evaluates with others
 BUDGET, CONTEXT_BUDGET = 0.3, 0.1  # what the attacker may move, as in training (launch/safety_demo.sh)
+SAMPLER = SamplerConfig(steps=8)
 GRADIENT_SAMPLER_STEPS = 4  # the attacker's gradient goes through so many Euler steps; the result is sampled in full
 
 
@@ -198,7 +201,7 @@ def retained(count: int) -> list[Example]:
 
 def right(trained: Trained, examples: list[Example]) -> np.ndarray:
     """[examples] bool."""
-    images = sample_examples(trained, examples)
+    images = generate(trained, examples, SAMPLER)
     return np.array([scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)])
 
 

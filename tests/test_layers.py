@@ -17,7 +17,7 @@ ORDER = [
     {"trainer"},
     {"evaluation", "estimation"},
     {"config"},
-    {"train", "sample", "export", "estimate"},
+    {"train", "sample", "evaluate", "export", "estimate"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py"]

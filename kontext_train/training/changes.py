@@ -23,6 +23,7 @@ FREE = (
     "weights.teacher",  # wherever it is now, its digest must be the same
     "weights.reference",
     "validation.*",
+    "evaluation.*",
     "data.validation",
     "data.train",
     "data.sources.*.path",

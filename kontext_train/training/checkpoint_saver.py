@@ -5,6 +5,7 @@ write their shards; when all are done, rank 0 puts record, checksums and, last, 
 go. One save is under way at a time.
 """
 
+import math
 import sys
 import threading
 import time
@@ -24,11 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from kontext_train.errors import ConfigError, StorageError
 from kontext_train.training.checkpoint import checkpoint_path, complete_checkpoints, read_record, step_of
-from kontext_train.training.checkpoint_files import Checksum, complete, put, remove, storage_writer
-from kontext_train.training.config import CheckpointConfig
+from kontext_train.training.checkpoint_files import Checksum, complete, put, record_is_whole, remove, storage_writer
+from kontext_train.training.config import Best, CheckpointConfig
 
 _WRITE_TIMEOUT = timedelta(days=1)  # a slow disk is no hang: the watchdog sees ranks that die or freeze
-LOSS = "validation_loss"  # in a record, if the weights were validated when they were saved
+VALIDATED = "validated"  # in a record: the numbers of validation, if there was one when the weights were saved
 
 
 class Saver:
@@ -218,18 +219,25 @@ def _shards_first(checksums: dict[str, Checksum]) -> dict[str, Checksum]:
 
 def _prune(folder: Path, now: int, config: CheckpointConfig) -> None:
     found = {step_of(path): path for path in complete_checkpoints(folder)}
-    losses = {step: read_record(path).get(LOSS) for step, path in found.items()} if config.keep_best else {}
-    for step in found.keys() - kept(list(found), losses, now, config):
+    numbers = {step: _number(path, config.best_by) for step, path in found.items()} if config.keep_best else {}
+    for step in found.keys() - kept(list(found), numbers, now, config):
         remove(found[step])
 
 
-def kept(steps: list[int], losses: Mapping[int, float | None], now: int, config: CheckpointConfig) -> set[int]:
-    """Which checkpoints stay once that of step `now` is complete. losses: by step, of those that were validated.
+def _number(path: Path, name: str) -> float | None:
+    """Of a checkpoint's validation; None of one that had none, or whose record is damaged."""
+    return (read_record(path).get(VALIDATED) or {}).get(name) if record_is_whole(path) else None
+
+
+def kept(steps: list[int], numbers: Mapping[int, float | None], now: int, config: CheckpointConfig) -> set[int]:
+    """Which checkpoints stay once that of step `now` is complete. numbers: config.best_by, by step.
 
     What is newer than `now` goes: the run went back behind it, because it was damaged.
     """
     past = sorted(step for step in steps if step <= now)
-    judged = sorted((loss, step) for step in past if (loss := losses.get(step)) is not None)
+    sign = -1 if config.best_is is Best.highest else 1
+    known = ((step, number) for step in past if (number := numbers.get(step)) is not None)
+    judged = sorted((sign * number, step) for step, number in known if math.isfinite(number))
     best = {step for _, step in judged[: config.keep_best]}
     milestones = {step for step in past if config.keep_every_steps and step % config.keep_every_steps == 0}
     return set(past[-config.keep_last :]) | best | milestones

@@ -128,6 +128,11 @@ class LoggingConfig:
     progress_bar: bool = True
 
 
+class Best(Enum):
+    lowest = "lowest"
+    highest = "highest"
+
+
 @dataclass(slots=True)
 class CheckpointConfig:
     """Where checkpoints are, which of them stay, and whether training goes on while one is written."""
@@ -135,7 +140,9 @@ class CheckpointConfig:
     folder: str | None = None  # a local folder that all ranks share, or an fsspec URL; none is run.dir/checkpoints
     asynchronous: bool = True  # train on while a copy in host memory is written; false needs no such copy, and waits
     keep_last: int = 3
-    keep_best: int = 0  # by validation/loss, of those that were validated when they were saved
+    keep_best: int = 0  # of those that were validated when they were saved
+    best_by: str = "validation/loss"  # or another number of validation, such as benchmark/target_mae
+    best_is: Best = Best.lowest
     keep_every_steps: int = 0  # those of such steps stay for ever; 0 is none
 
     def __post_init__(self) -> None:

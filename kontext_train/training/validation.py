@@ -6,6 +6,7 @@ or two steps of one, differ only by their weights.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,16 @@ from kontext_train.training.pictures import save_grid
 TIMES = 8
 
 
+class Benchmark(Protocol):
+    """What else a validation makes and measures: evaluation/in_training.py, which lies above this room."""
+
+    def measure(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Numbers by name, the same on every rank. Every rank calls it."""
+        ...
+
+    def picture(self, step: int) -> Path: ...
+
+
 class Validation:
     def __init__(
         self,
@@ -36,12 +47,13 @@ class Validation:
         guidance: float | None,
         device: torch.device,
         holders: int,
+        benchmark: Benchmark | None = None,
     ) -> None:
         """batches: this rank's share of the fixed samples, equally many on every rank. pictured: the same on all.
 
         holders: how many ranks have the same share as this one (context parallel).
         """
-        self.holders = holders
+        self.holders, self.benchmark = holders, benchmark
         self.encoders, self.config, self.shift, self.device = encoders, config, shift, device
         self.pixels_per_token, self.guidance = pixels_per_token, guidance
         self.random = VisitRandom(0, device)

@@ -18,8 +18,8 @@ from kontext_train.flow.config import SamplerConfig
 from kontext_train.models.kontext import latent_from_tokens, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
 from quickstart import scenes
+from quickstart.benchmark import picture
 from quickstart.distill import Result, judged, one_thing, pairs, table, write_one_thing
-from quickstart.evaluate import picture
 from quickstart.scenes import Split
 from tests.runs import run, small_config
 

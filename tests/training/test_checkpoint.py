@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from kontext_train.errors import ConfigError, StorageError
 from kontext_train.training.checkpoint import complete_checkpoints, find_resume, newest_whole
 from kontext_train.training.checkpoint_files import damage, place
-from kontext_train.training.checkpoint_saver import HostCopies, Saver, kept
-from kontext_train.training.config import CheckpointConfig
+from kontext_train.training.checkpoint_saver import HostCopies, Saver, _prune, kept
+from kontext_train.training.config import Best, CheckpointConfig
 from tests.runs import in_processes
 from tests.servers import BUCKET, s3_server
 from tests.training.tiny_run import TinyRun, tiny_run
@@ -263,7 +263,17 @@ def test_what_is_kept() -> None:
     assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_every_steps=4)) == {4, 8, 10}
     assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_best=2)) == {3, 5, 10}
     assert kept(steps, {}, 10, CheckpointConfig(keep_last=1, keep_best=2)) == {10}
+    assert kept(steps, losses, 10, CheckpointConfig(keep_last=1, keep_best=2, best_is=Best.highest)) == {1, 7, 10}
     assert kept(steps, losses, 6, CheckpointConfig(keep_last=2)) == {5, 6}, "newer ones were gone back behind"
+    nothing = losses | {3: float("nan"), 5: float("-inf")}
+    assert kept(steps, nothing, 10, CheckpointConfig(keep_last=1, keep_best=2)) == {1, 7, 10}
+
+
+def test_a_damaged_record_does_not_keep_everything(saved: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", saved, tmp_path / "run"], check=True)
+    flip(tmp_path / "run" / "step_00000002" / "record.json")
+    _prune(tmp_path / "run", 4, CheckpointConfig(keep_last=1, keep_best=1))
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step_00000004"]
 
 
 # -- disks ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,238 @@
+"""A blind pairwise arena on a local web page: two images of one pair, their models' names nowhere, and a vote.
+
+Votes are lines of a file, written as they are given, so a session goes on where it was. Which comparison comes next and
+which model is on which side are functions of the seed.
+"""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.benchmark import Case
+from kontext_train.evaluation.config import ArenaConfig
+from kontext_train.evaluation.rating import Vote, ratings
+from kontext_train.evaluation.report import PAGES, check_comparable
+from kontext_train.evaluation.results import Results, image_id, not_made
+from kontext_train.randomness import key_of
+
+SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5, "skip": None}  # of the model on the left
+MOST_BYTES = 10_000  # of a request
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    case: Case
+    image: str  # key@seed
+    left: int  # models, by number
+    right: int
+    left_file: Path
+    right_file: Path
+
+    @property
+    def name(self) -> str:
+        """The same whoever is on the left."""
+        return f"{self.image}:{min(self.left, self.right)}-{max(self.left, self.right)}"
+
+
+class Arena:
+    """The comparisons and what was voted on them. Thread-safe."""
+
+    def __init__(self, models: Sequence[Results], votes: Path, seed: int) -> None:
+        """Raises ConfigError if the models cannot be compared, or the votes are of others."""
+        self.models, self.file = check_comparable(models), votes
+        self.comparisons = _comparisons(models, seed)
+        if not self.comparisons:
+            rule = "have no pair that two of them made an image of"
+            raise ConfigError("results", [str(m.folder) for m in models], rule, "kontext-evaluate run makes them")
+        self.lock = threading.Lock()
+        self.votes: dict[str, dict[str, Any]] = {}  # by comparison, in the order of the votes
+        self._read()
+
+    def _read(self) -> None:
+        known = {comparison.name for comparison in self.comparisons}
+        for number, line in enumerate(self.file.read_text().splitlines() if self.file.is_file() else [], start=1):
+            try:
+                vote = json.loads(line)
+                name, theirs = vote["comparison"], vote["models"]
+            except (ValueError, KeyError, TypeError) as error:
+                rule = f"line {number} is no vote ({error!r})"
+                raise ConfigError("votes", str(self.file), rule, "Remove the line, or give another file") from error
+            if theirs != self.models or name not in known:
+                rule = f"line {number} is of other images or models ({', '.join(theirs)})"
+                raise ConfigError("votes", str(self.file), rule, "Give another file")
+            self._take(vote)
+
+    def _take(self, vote: dict[str, Any]) -> None:
+        self.votes.pop(vote["comparison"], None)
+        if vote["winner"] is not None:
+            self.votes[vote["comparison"]] = vote
+
+    def vote(self, number: int, winner: str) -> None:
+        """Write down a vote on comparison `number`. The first one counts."""
+        comparison = self.comparisons[number]
+        with self.lock:
+            if comparison.name not in self.votes:
+                self._write(comparison.name, winner, comparison)
+
+    def undo(self) -> None:
+        """Take the last vote back: it is asked again."""
+        with self.lock:
+            if self.votes:
+                self._write(list(self.votes)[-1], None, None)
+
+    def _write(self, name: str, winner: str | None, comparison: Comparison | None) -> None:
+        vote: dict[str, Any] = {"comparison": name, "models": self.models, "winner": winner, "time": round(time.time())}
+        if comparison is not None:
+            left, right = self.models[comparison.left], self.models[comparison.right]
+            vote |= {"left": left, "right": right, "base": comparison.case.base, "category": comparison.case.category}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(vote) + "\n")
+        self._take(vote)
+
+    def next(self) -> dict[str, Any]:
+        """What the page shows: nothing in it tells the models."""
+        with self.lock:
+            done = len(self.votes)
+            number = next((i for i, c in enumerate(self.comparisons) if c.name not in self.votes), None)
+        progress = {"done": done, "total": len(self.comparisons)}
+        if number is None:
+            return {"finished": True, **progress}
+        case = self.comparisons[number].case
+        contexts = [f"/image/{number}/{i}" for i in range(len(case.contexts))]
+        images = {side: f"/image/{number}/{side}" for side in ("left", "right")}
+        return {"number": number, "instruction": case.instruction, "contexts": contexts, **images, **progress}
+
+    def picture(self, number: int, which: str) -> Path:
+        comparison = self.comparisons[number]
+        match which:
+            case "left":
+                return comparison.left_file
+            case "right":
+                return comparison.right_file
+            case _:
+                return comparison.case.contexts[int(which)]
+
+    def export(self) -> dict[str, Any]:
+        """Votes and ratings, over all and by category. Here models have their names."""
+        with self.lock:
+            given = list(self.votes.values())
+        categories = sorted({vote["category"] for vote in given})
+        return {
+            "models": self.models,
+            "ratings": ratings(self.models, _scored(given)),
+            "by_category": {
+                c: ratings(self.models, _scored([v for v in given if v["category"] == c])) for c in categories
+            },
+            "total": len(self.comparisons),
+            "votes": given,
+        }
+
+
+def _scored(votes: Sequence[dict[str, Any]]) -> list[Vote]:
+    scored = ((vote, SCORES[vote["winner"]]) for vote in votes)
+    return [Vote(vote["left"], vote["right"], score, vote["base"]) for vote, score in scored if score is not None]
+
+
+def _comparisons(models: Sequence[Results], seed: int) -> list[Comparison]:
+    """Of single edits: every image with every two models that made it, in an order of chance, sides by chance."""
+    missing = [not_made(model) for model in models]
+    found = []
+    for case, image_seed in models[0].images():
+        name = image_id(case.key, image_seed)
+        made = [i for i, model in enumerate(models) if image_seed < model.seeds and name not in missing[i]]
+        for a, b in combinations([] if case.turn else made, 2):
+            left, right = (a, b) if key_of("side", seed, name, a, b) % 2 else (b, a)
+            files = (models[i].image(case.key, image_seed) for i in (left, right))
+            found.append(Comparison(case, name, left, right, *files))
+    random.Random(key_of("order", seed)).shuffle(found)
+    return found
+
+
+def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
+    """A server, not started yet."""
+    page = (PAGES / "arena.html").read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            """Silent."""
+
+        def do_GET(self) -> None:
+            match self.path.strip("/").split("/"):
+                case [""]:
+                    self._answer(page, "text/html; charset=utf-8")
+                case ["next"]:
+                    self._json(arena.next())
+                case ["export"]:
+                    self._json(arena.export())
+                case ["image", number, which] if self._is_image(number, which):
+                    self._answer(arena.picture(int(number), which).read_bytes(), "application/octet-stream")
+                case _:
+                    self.send_error(HTTPStatus.NOT_FOUND)
+
+        @staticmethod
+        def _is_image(number: str, which: str) -> bool:
+            if not number.isdecimal() or int(number) >= len(arena.comparisons):
+                return False
+            contexts = len(arena.comparisons[int(number)].case.contexts)
+            return which in ("left", "right") or (which.isdecimal() and int(which) < contexts)
+
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            # Another site's page could send a form here, but no JSON without asking first.
+            if length > MOST_BYTES or self.headers.get_content_type() != "application/json":
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return
+            try:
+                given = json.loads(self.rfile.read(length))
+                if self.path == "/undo":
+                    arena.undo()
+                elif (
+                    self.path == "/vote" and given["winner"] in SCORES and 0 <= given["number"] < len(arena.comparisons)
+                ):
+                    arena.vote(given["number"], given["winner"])
+                else:
+                    raise ValueError(self.path)
+            except (ValueError, KeyError, TypeError):
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return
+            self._json(arena.next())
+
+        def _json(self, value: dict[str, Any]) -> None:
+            self._answer(json.dumps(value).encode(), "application/json")
+
+        def _answer(self, body: bytes, kind: str) -> None:
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+def serve(models: Sequence[Results], config: ArenaConfig) -> None:
+    """Serve the arena until Ctrl-C."""
+    arena = Arena(models, Path(config.votes), config.seed)
+    try:
+        server = arena_server(arena, config.host, config.port)
+    except OSError as error:
+        raise ConfigError("port", config.port, f"cannot be served on: {error}", "Give another port=, or 0") from error
+    address = f"http://{config.host}:{server.server_port}/"
+    print(f"{address}   {len(arena.votes)} of {len(arena.comparisons)} votes are in {config.votes}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(f"{len(arena.votes)} of {len(arena.comparisons)} votes; the same command goes on")
+    finally:
+        server.server_close()

@@ -1,0 +1,259 @@
+"""A benchmark folder: KontextBench as it is released, or any folder of the same form.
+
+    metadata.jsonl    one line a pair: key, category, instruction, file_name (the context image; null for text-to-image)
+    chains.jsonl      optional, one line a chain of edits: key, file_name, instructions
+    benchmark.json    optional: {"name": ..., "categories": {category: number of pairs}}
+
+The last says what a complete folder holds; without it, that is KontextBench. What else a line may say is in
+docs/evaluation.md. Names and counts of the release: huggingface.co/datasets/black-forest-labs/kontext-bench.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kontext_train.errors import ConfigError
+
+KONTEXT_BENCH = {
+    "Instruction Editing - Local": 416,
+    "Instruction Editing - Global": 262,
+    "Character Reference": 193,
+    "Text Editing": 92,
+    "Style Reference": 63,
+}
+SHOWN = 5  # names in a message
+GET_IT = "Download all of it again, with its images (Git LFS or xet)"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image to be made, and what is known about the right one. A turn of a chain is a case too."""
+
+    key: str
+    category: str  # of a turn: "turn N"
+    instruction: str
+    contexts: tuple[Path, ...]  # a turn's: the first image of its chain, which drift is measured against
+    target: Path | None = None  # the right image
+    mask: Path | None = None  # white where the edit may change something
+    text: str | None = None  # what should be legible
+    source_caption: str | None = None  # what the context shows
+    target_caption: str | None = None  # what the right image shows
+    height: int | None = None  # pixels; None: by the resolution policy
+    width: int | None = None
+    turn: int = 0  # of a chain, from 1
+    home: bool = False  # the chain's edits undo each other: this turn should show the first image again
+
+    @property
+    def before(self) -> str:
+        """The key of the turn before."""
+        assert self.turn > 1
+        return f"{self.key.rsplit('_', 1)[0]}_{self.turn - 1}"
+
+    @property
+    def base(self) -> str:
+        """What results have in common: prompts on one image are not independent."""
+        return self.contexts[0].name if self.contexts else self.key
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    name: str
+    folder: Path
+    pairs: tuple[Case, ...]
+    chains: tuple[tuple[Case, ...], ...]
+    digest: str  # of all lines and files
+
+    def __iter__(self) -> Iterator[Case]:
+        """Every case, in order."""
+        yield from self.pairs
+        for chain in self.chains:
+            yield from chain
+
+    def first(self, per_category: int) -> "Benchmark":
+        """The first pairs of every category, and as many chains."""
+        seen: Counter[str] = Counter()
+        pairs = []
+        for case in self.pairs:
+            seen[case.category] += 1
+            if seen[case.category] <= per_category:
+                pairs.append(case)
+        return Benchmark(self.name, self.folder, tuple(pairs), self.chains[:per_category], self.digest)
+
+
+def read_benchmark(given: str | Path, *, partial: bool = False, key: str = "benchmark") -> Benchmark:
+    """Every line checked, every file there. partial: fewer pairs than a complete folder has are taken as they are.
+
+    Raises ConfigError, which names what is wrong and counts it.
+    """
+    folder = _root(Path(given), key)
+    name, expected = _declared(folder, key)
+    lines = _lines(folder / "metadata.jsonl", key)
+    pairs = tuple(_pair(folder, line, f"metadata.jsonl line {number}", key) for number, line in lines)
+    chains: tuple[tuple[Case, ...], ...] = ()
+    if (folder / "chains.jsonl").is_file():
+        its_lines = _lines(folder / "chains.jsonl", key)
+        chains = tuple(_chain(folder, line, f"chains.jsonl line {number}", key) for number, line in its_lines)
+    benchmark = Benchmark(name, folder, pairs, chains, "")
+    _check_keys(benchmark, key)
+    _check_categories(benchmark, expected, partial, key)
+    _check_files(benchmark, key)
+    return Benchmark(name, folder, pairs, chains, _digest(benchmark))
+
+
+def _root(given: Path, key: str) -> Path:
+    """KontextBench's files are in its folder test/."""
+    for folder in (given, given / "test"):
+        if (folder / "metadata.jsonl").is_file():
+            return folder
+    rule = "must hold metadata.jsonl, itself or in test/"
+    raise ConfigError(key, str(given), rule, "Give a folder in the form of KontextBench, see docs/evaluation.md")
+
+
+def _declared(folder: Path, key: str) -> tuple[str, dict[str, int]]:
+    file = folder / "benchmark.json"
+    if not file.is_file():
+        return "KontextBench", KONTEXT_BENCH
+    try:
+        declared = json.loads(file.read_text())
+        return str(declared["name"]), {str(name): int(count) for name, count in declared["categories"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule = f"has no name and number of pairs by category ({error!r})"
+        raise ConfigError(key, str(file), rule, 'For example {"name": "mine", "categories": {"hats": 20}}') from error
+
+
+def _lines(file: Path, key: str) -> list[tuple[int, dict[str, Any]]]:
+    found = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(key, str(file), f"line {number} is no JSON: {error}", GET_IT) from error
+        if not isinstance(line, dict):
+            raise ConfigError(key, str(file), f"line {number} is no JSON object", GET_IT)
+        found.append((number, line))
+    return found
+
+
+def _text(line: dict[str, Any], name: str, where: str, key: str) -> str:
+    value = line.get(name)
+    if isinstance(value, int):
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(key, where, f"has no {name}, or an empty one", "Every line needs it")
+    return value
+
+
+def _safe_key(line: dict[str, Any], where: str, key: str) -> str:
+    name = _text(line, "key", where, key)
+    if name.startswith(".") or set(name) & set('/\\@\0"'):
+        raise ConfigError(key, where, f"has the key {name!r}, which cannot be a file's name", "Use letters and digits")
+    return name
+
+
+def _pair(folder: Path, line: dict[str, Any], where: str, key: str) -> Case:
+    files = [line["file_name"]] if line.get("file_name") else []
+    return Case(
+        key=_safe_key(line, where, key),
+        category=_text(line, "category", where, key),
+        instruction=_text(line, "instruction", where, key),
+        contexts=tuple(folder / file for file in [*files, *line.get("reference_file_names", [])]),
+        target=_optional(folder, line.get("target_file_name")),
+        mask=_optional(folder, line.get("mask_file_name")),
+        text=line.get("text"),
+        source_caption=line.get("source_caption"),
+        target_caption=line.get("target_caption"),
+        height=line.get("height"),
+        width=line.get("width"),
+    )
+
+
+def _optional(folder: Path, file: str | None) -> Path | None:
+    return folder / file if file else None
+
+
+def _chain(folder: Path, line: dict[str, Any], where: str, key: str) -> tuple[Case, ...]:
+    name, start = _safe_key(line, where, key), folder / _text(line, "file_name", where, key)
+    instructions = line.get("instructions") or []
+    if (
+        not isinstance(instructions, list)
+        or not all(isinstance(i, str) and i for i in instructions)
+        or not instructions
+    ):
+        raise ConfigError(key, where, "has no instructions", 'For example ["add a hat", "remove the hat"]')
+    targets, masks = (_one_a_turn(folder, line, f"{which}_file_names", where, key) for which in ("target", "mask"))
+    return tuple(
+        Case(
+            key=f"{name}.turn_{turn}",
+            category=f"turn {turn}",
+            instruction=instruction,
+            contexts=(start,),
+            target=targets[turn - 1],
+            mask=masks[turn - 1],
+            turn=turn,
+            home=bool(line.get("home")) and turn == len(instructions),
+        )
+        for turn, instruction in enumerate(instructions, start=1)
+    )
+
+
+def _one_a_turn(folder: Path, line: dict[str, Any], name: str, where: str, key: str) -> list[Path | None]:
+    turns, files = len(line["instructions"]), line.get(name)
+    if files is None:
+        return [None] * turns
+    if len(files) != turns:
+        raise ConfigError(key, where, f"has {len(files)} {name} for {turns} instructions", "Give one a turn, or none")
+    return [_optional(folder, file) for file in files]
+
+
+def _check_keys(benchmark: Benchmark, key: str) -> None:
+    doubled = [name for name, times in Counter(case.key for case in benchmark).items() if times > 1]
+    if doubled:
+        rule = f"has {len(doubled)} keys more than once ({some(doubled)})"
+        raise ConfigError(key, str(benchmark.folder), rule, "Give every pair a key of its own")
+    if not benchmark.pairs and not benchmark.chains:
+        raise ConfigError(key, str(benchmark.folder), "holds no pairs and no chains", GET_IT)
+
+
+def _check_categories(benchmark: Benchmark, expected: dict[str, int], partial: bool, key: str) -> None:
+    found = Counter(case.category for case in benchmark.pairs)
+    unknown = {name: count for name, count in found.items() if name not in expected}
+    if unknown:
+        told = some([f"{name!r} × {count}" for name, count in unknown.items()])
+        rule = f"has {len(unknown)} categories that {benchmark.name} has not ({told}). It has {', '.join(expected)}"
+        raise ConfigError(key, str(benchmark.folder), rule, "Correct them, or declare your own in benchmark.json")
+    wrong = [f"{name} {found[name]} of {count}" for name, count in expected.items() if found[name] != count]
+    if wrong and not (partial and all(found[name] <= count for name, count in expected.items())):
+        total = f"{sum(found.values()):,} of {sum(expected.values()):,} pairs"
+        rule = f"is not all of {benchmark.name}: {total} ({', '.join(wrong)})"
+        raise ConfigError(key, str(benchmark.folder), rule, f"{GET_IT}, or say partial=true")
+
+
+def _check_files(benchmark: Benchmark, key: str) -> None:
+    absent = sorted({str(f.relative_to(benchmark.folder)) for f in files_of(benchmark) if not f.is_file()})
+    if absent:
+        rule = f"lacks {len(absent)} files that it names ({some(absent)})"
+        raise ConfigError(key, str(benchmark.folder), rule, GET_IT)
+
+
+def files_of(cases: Iterable[Case]) -> set[Path]:
+    found = set[Path]()
+    for case in cases:
+        found |= {*case.contexts, *(file for file in (case.target, case.mask) if file is not None)}
+    return found
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:SHOWN]) + (f", … {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _digest(benchmark: Benchmark) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    lines = [benchmark.folder / name for name in ("metadata.jsonl", "chains.jsonl")]
+    for file in [*(line for line in lines if line.is_file()), *sorted(files_of(benchmark))]:
+        digest.update(hashlib.blake2b(file.read_bytes()).digest())
+    return digest.hexdigest()

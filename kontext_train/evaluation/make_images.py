@@ -1,0 +1,209 @@
+"""Makes a benchmark's images with a model: a process's share of them, each with its exact settings beside it.
+
+An image that is there is not made again, so the same command goes on after a stop, with any number of processes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kontext_train.data.config import Crop, Resize
+from kontext_train.data.transforms import Transform, load_image
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.benchmark import Benchmark, Case
+from kontext_train.evaluation.config import MakingConfig, Resolution
+from kontext_train.evaluation.results import claim, image_file, read_record, write_json
+from kontext_train.evaluation.trained import is_checkpoint, read_config, read_origin, resolve
+from kontext_train.flow.config import SamplerConfig
+from kontext_train.generate import Request
+from kontext_train.models.lora import base_digest
+from kontext_train.randomness import key_of
+from kontext_train.training.checkpoint_files import COMPLETE
+
+
+class Model(Protocol):
+    """What makes images: `Trained`, or a stand-in for it."""
+
+    pixels_per_token: int
+    transform: Transform  # of context images
+
+    def generate(self, requests: Sequence[Request], sampler: SamplerConfig) -> list[Tensor]: ...
+
+
+@dataclass(slots=True)
+class Made:
+    """What a process did."""
+
+    new: int = 0
+    kept: int = 0  # were there
+    failed: dict[str, str] = field(default_factory=dict)  # reasons by key@seed
+
+
+@dataclass(slots=True)
+class _Job:
+    case: Case
+    seed: int
+    before: Path | None  # the image that a turn edits, if not its case's context
+
+
+def describe_model(checkpoint: str, ema: bool) -> dict[str, Any]:
+    """Which weights these are, for settings."""
+    path = resolve(checkpoint)
+    origin = asdict(read_origin(path, read_config(path), ema))
+    digest = (path / COMPLETE).read_text().strip() if is_checkpoint(path) else base_digest(path)
+    return {"checkpoint": str(path), "digest": digest, **origin}
+
+
+def settings_of(name: str, model: dict[str, Any], benchmark: Benchmark, making: MakingConfig) -> dict[str, Any]:
+    """All that decides pixels, as JSON-able values."""
+    return {
+        "name": name,
+        "model": model,
+        "benchmark": {
+            "name": benchmark.name,
+            "folder": str(benchmark.folder.resolve()),
+            "digest": benchmark.digest,
+        },
+        "resolution": making.resolution.value,
+        "no_context_size": [making.height, making.width],
+        "sampler": asdict(making.sampler),
+    }
+
+
+def make_images(
+    load: Callable[[], Model],
+    benchmark: Benchmark,
+    out: Path,
+    settings: dict[str, Any],
+    making: MakingConfig,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Made:
+    """Make this rank's share of the images that are not in `out` yet. load: gives the model, called if one is needed.
+
+    Raises ConfigError if `out` holds images of other settings. A context that cannot be decoded fails its images: they
+    are named in the result and in their records, and tried again next time.
+    """
+    claim(out, settings, {"seeds": making.seeds, "per_category": making.per_category})
+    if making.per_category is not None:
+        benchmark = benchmark.first(making.per_category)
+    seeds = range(making.seeds)
+    singles = [_Job(case, seed, None) for seed in seeds for case in benchmark.pairs]
+    chains = [(chain, seed) for seed in seeds for chain in benchmark.chains][rank::ranks]
+    rounds = [singles[rank::ranks]]  # turns of one chain come one after the other
+    for turn in range(max((len(chain) for chain, _ in chains), default=0)):
+        current = [(chain, seed) for chain, seed in chains if turn < len(chain)]
+        rounds.append(
+            [
+                _Job(chain[turn], seed, image_file(out, chain[turn - 1].key, seed) if turn else None)
+                for chain, seed in current
+            ]
+        )
+    made, maker = Made(), None
+    for jobs in rounds:
+        todo = [job for job in jobs if not _is_there(out, job)]
+        made.kept += len(jobs) - len(todo)
+        if todo and maker is None:
+            maker = _Maker(load(), out, making, made)
+        if todo and maker is not None:
+            maker.make(todo)
+    return made
+
+
+def _is_there(out: Path, job: _Job) -> bool:
+    record = read_record(out, job.case.key, job.seed)
+    return record is not None and record["error"] is None and image_file(out, job.case.key, job.seed).is_file()
+
+
+class _Maker:
+    def __init__(self, model: Model, out: Path, making: MakingConfig, made: Made) -> None:
+        self.model, self.out, self.making, self.made = model, out, making, made
+        self.transform = replace(model.transform, crop=Crop.center)
+        if making.resolution is Resolution.kontext:  # released inference enlarges too
+            self.transform = replace(self.transform, resize=Resize.kontext, max_upscale=64.0)
+        self.warm = making.at_once > 1  # the first image of a process pays for what is set up once
+
+    def make(self, jobs: list[_Job]) -> None:
+        ready: list[tuple[_Job, Request]] = []
+        for job in jobs:
+            try:
+                ready.append((job, self._request(job)))
+            except (ValueError, FileNotFoundError) as error:
+                if isinstance(error, ConfigError):
+                    raise
+                self._fail(job, str(error))
+            if len(ready) == self.making.at_once:
+                self._generate(ready)
+                ready = []
+        if ready:
+            self._generate(ready)
+
+    def _request(self, job: _Job) -> Request:
+        files = job.case.contexts if job.before is None else (job.before,)
+        if job.before is not None and not job.before.is_file():
+            raise FileNotFoundError(f"the turn before, {job.before.name}, was not made")
+        contexts = [torch.from_numpy(load_image(file, self.transform)).permute(2, 0, 1) for file in files]
+        case, making = job.case, self.making
+        height, width = contexts[0].shape[1:] if contexts else (making.height, making.width)
+        height, width = case.height or height, case.width or width
+        side = self.model.pixels_per_token
+        if height % side or width % side:
+            rule = f"must be multiples of {side}, the pixels of a token"
+            raise ConfigError("height, width", (height, width), f"of {case.key} {rule}", "Round them")
+        return Request(case.instruction, contexts, height, width, request_seed(case.key, job.seed))
+
+    def _generate(self, ready: list[tuple[_Job, Request]]) -> None:
+        requests = [request for _, request in ready]
+        if not self.warm:
+            self.model.generate(requests, self.making.sampler)
+            self.warm = True
+        started = time.perf_counter()
+        images = self.model.generate(requests, self.making.sampler)  # on the CPU: nothing is left to be computed
+        latency_s = time.perf_counter() - started if self.making.at_once == 1 else None
+        for (job, request), image in zip(ready, images, strict=True):
+            file = image_file(self.out, job.case.key, job.seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+            Image.fromarray(pixels).save(part, "PNG")
+            part.replace(file)
+            self._record(job, request, latency_s, None)
+            self.made.new += 1
+
+    def _fail(self, job: _Job, reason: str) -> None:
+        self.made.failed[f"{job.case.key}@{job.seed}"] = reason
+        self._record(job, None, None, reason)
+
+    def _record(self, job: _Job, request: Request | None, latency_s: float | None, error: str | None) -> None:
+        case = job.case
+        record: dict[str, Any] = {
+            "key": case.key,
+            "category": case.category,
+            "instruction": case.instruction,
+            "seed": job.seed,
+            "contexts": [str(file) for file in (case.contexts if job.before is None else (job.before,))],
+            "resolution": self.making.resolution.value,
+            "sampler": asdict(self.making.sampler),
+            "latency_s": latency_s,
+            "error": error,
+        }
+        if request is not None:
+            record |= {
+                "request_seed": request.seed,
+                "height": request.height,
+                "width": request.width,
+                "context_sizes": [list(context.shape[1:]) for context in request.contexts],
+            }
+        write_json(image_file(self.out, case.key, job.seed).with_suffix(".json"), record)
+
+
+def request_seed(key: str, seed: int) -> int:
+    """Another noise for every pair and seed, the same in every run."""
+    return key_of("evaluation", key, seed) & 0x7FFFFFFF

@@ -1,0 +1,122 @@
+"""A result folder: what one model made of a benchmark.
+
+settings.json                  model, benchmark, resolution, sampler: one folder's for ever
+asked.json                     seeds and pairs of the last run: what a score expects to find
+images/seed_0/KEY.png          and KEY.json: its exact settings and latency, or why it was not made
+scores/METRIC.json             what `scoring.py` measured
+summary.json
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.benchmark import Benchmark, Case, read_benchmark
+
+SETTINGS, ASKED, SUMMARY = "settings.json", "asked.json", "summary.json"
+PLACES = ("name", "model.checkpoint", "benchmark.folder")  # settings that decide no pixel: digests say what is there
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A result folder, its benchmark, and which images it should hold."""
+
+    folder: Path
+    settings: dict[str, Any]
+    benchmark: Benchmark
+    seeds: int
+
+    @property
+    def name(self) -> str:
+        return self.settings["name"]
+
+    def images(self) -> list[tuple[Case, int]]:
+        """Every image that was asked for, made or not."""
+        return [(case, seed) for seed in range(self.seeds) for case in self.benchmark]
+
+    def image(self, key: str, seed: int) -> Path:
+        return image_file(self.folder, key, seed)
+
+    def record(self, key: str, seed: int) -> dict[str, Any] | None:
+        """An image's settings, with `error` where it could not be made; None where nobody tried."""
+        return read_record(self.folder, key, seed)
+
+
+def image_file(folder: Path, key: str, seed: int) -> Path:
+    return folder / "images" / f"seed_{seed}" / f"{key}.png"
+
+
+def read_record(folder: Path, key: str, seed: int) -> dict[str, Any] | None:
+    file = image_file(folder, key, seed).with_suffix(".json")
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def image_id(key: str, seed: int) -> str:
+    return f"{key}@{seed}"
+
+
+def claim(folder: Path, settings: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Make a folder that of these settings, or see that it is. ConfigError names what differs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS
+    if file.is_file():
+        before, now = (_flat(s) for s in (json.loads(file.read_text()), settings))
+        differ = [k for k in now | before if before.get(k) != now.get(k) and k not in PLACES]
+        changed = [f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in differ]
+        if changed:
+            rule = f"holds images of other settings: {', '.join(changed)}"
+            raise ConfigError("out", str(folder), rule, "Give another folder, or the settings it has")
+    write_json(file, settings)  # all ranks may do so: they write the same
+    write_json(folder / ASKED, asked)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def open_results(folder: str | Path, key: str = "results") -> Results:
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file():
+        rule = f"is no result folder: it has no {SETTINGS}"
+        raise ConfigError(key, str(folder), rule, "kontext-evaluate run writes one")
+    settings, asked = (json.loads((folder / name).read_text()) for name in (SETTINGS, ASKED))
+    benchmark = read_benchmark(settings["benchmark"]["folder"], partial=True, key=key)
+    if benchmark.digest != settings["benchmark"]["digest"]:
+        rule = f"was made from another {benchmark.folder}: lines or images there have changed since"
+        raise ConfigError(key, str(folder), rule, "Put the benchmark back, or make the images again elsewhere")
+    if asked["per_category"] is not None:
+        benchmark = benchmark.first(asked["per_category"])
+    return Results(folder, settings, benchmark, asked["seeds"])
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all. Several processes may write the same file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def not_made(results: Results) -> dict[str, str]:
+    """Why each image that is not there is not, by its id."""
+    reasons = {}
+    for case, seed in results.images():
+        record = results.record(case.key, seed)
+        if record is None:
+            reasons[image_id(case.key, seed)] = "was not made yet"
+        elif record["error"] is not None:
+            reasons[image_id(case.key, seed)] = record["error"]
+        elif not results.image(case.key, seed).is_file():
+            reasons[image_id(case.key, seed)] = "its file is gone"
+    return reasons
+
+
+def latencies(results: Results) -> list[float]:
+    """Seconds, of images that were made one at a time."""
+    records = (results.record(case.key, seed) for case, seed in results.images())
+    return [record["latency_s"] for record in records if record is not None and record["latency_s"] is not None]

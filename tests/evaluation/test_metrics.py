@@ -1,0 +1,589 @@
+"""Every metric against code we did not write or numbers known beforehand, with models small enough to make here."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.benchmark import Case
+from kontext_train.evaluation.config import MetricsConfig, VlmConfig
+from kontext_train.evaluation.metrics import distribution
+from kontext_train.evaluation.metrics.base import Shown, Unmeasured
+from kontext_train.evaluation.metrics.build import build_metrics
+from kontext_train.evaluation.metrics.clip import Aesthetic, Clip, ClipEmbedder
+from kontext_train.evaluation.metrics.dino import Dino
+from kontext_train.evaluation.metrics.face import TEMPLATE, Face, aligned
+from kontext_train.evaluation.metrics.lpips import Lpips, alexnet_features
+from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_text
+from kontext_train.evaluation.metrics.pixels import Pixels
+from kontext_train.evaluation.metrics.vlm import Vlm
+from tests.runs import ENCODERS
+
+CPU = torch.device("cpu")
+
+
+def noise(seed: int, height: int = 96, width: int = 128) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def shown(folder: Path, image: Image.Image, **of: Any) -> Shown:
+    """A made image with a case of images and words."""
+    image.save(folder / "made.png")
+    known: dict[str, Any] = {"key": "k", "category": "hats", "instruction": "add a hat"}
+    for name, value in of.items():
+        if isinstance(value, Image.Image):
+            file = folder / f"{name}.png"
+            value.save(file)
+            known |= {"contexts": (file,)} if name == "context" else {name: file}
+        else:
+            known[name] = value
+    return Shown(Case(**{"contexts": (), **known}), 0, folder / "made.png")
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None]
+
+
+# Pixels ---------------------------------------------------------------------------------------------------------------
+
+
+def left_half(image: Image.Image) -> Image.Image:
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 0, image.width // 2, image.height))
+    return mask
+
+
+def test_psnr_and_ssim_are_torchmetrics_where_nothing_is_masked(tmp_path: Path) -> None:
+    context = noise(0)
+    image = Image.blend(context, noise(1), 0.3)
+    found = Pixels().measure(shown(tmp_path, image, context=context, mask=Image.new("L", image.size)))
+    a, b = tensor(image), tensor(context)
+    assert found["untouched_psnr"] == pytest.approx(float(peak_signal_noise_ratio(a, b, data_range=1.0)), abs=1e-3)
+    expected = float(structural_similarity_index_measure(a, b, data_range=1.0))
+    assert found["untouched_ssim"] == pytest.approx(expected, abs=0.01), "torchmetrics' mean leaves the border out"
+    assert found["untouched_mae"] == pytest.approx(float((a - b).abs().mean()), abs=1e-6)
+
+
+def test_only_what_is_outside_the_mask_counts(tmp_path: Path) -> None:
+    context = noise(0)
+    mask = left_half(context)
+    edited = Image.composite(noise(1), context, mask)
+    found = Pixels().measure(shown(tmp_path, edited, context=context, mask=mask))
+    assert (found["untouched_mae"], found["untouched_psnr"], found["colour_shift"]) == (0, 100, 0)
+    assert found["untouched_ssim"] == pytest.approx(1)
+    spilt = edited.copy()
+    spilt.putpixel((100, 50), (0, 0, 0))
+    found = Pixels().measure(shown(tmp_path, spilt, context=context, mask=mask))
+    assert found["untouched_mae"] > 0
+    assert found["untouched_psnr"] < 60
+    assert found["untouched_ssim"] < 1
+
+
+def test_what_a_case_lacks_is_left_out(tmp_path: Path) -> None:
+    everything = Image.new("L", (128, 96), 255)
+    assert Pixels().measure(shown(tmp_path, noise(0))) == {}
+    assert Pixels().measure(shown(tmp_path, noise(0), context=noise(1), mask=everything)) == {}
+    assert set(Pixels().measure(shown(tmp_path, noise(0), context=noise(1)))) == {"colour_shift"}
+    grey = Image.new("RGB", (128, 96), (100, 100, 100))
+    warm = Image.new("RGB", (128, 96), (151, 100, 100))  # 0.2 more red
+    found = Pixels().measure(shown(tmp_path, warm, context=grey, target=grey, home=True))
+    assert found["colour_shift"] == pytest.approx(0.2, abs=1e-3)
+    assert found["target_mae"] == found["cycle_mae"] == pytest.approx(0.2 / 3, abs=1e-6)
+
+
+def test_a_context_is_cut_as_a_run_cuts_it(tmp_path: Path) -> None:
+    """A run trims a context to whole tokens around its centre: no metric may see a shift in that."""
+    wide = noise(0, 96, 131)
+    made = wide.crop((1, 0, 129, 96))
+    found = Pixels().measure(shown(tmp_path, made, context=wide, mask=Image.new("L", wide.size)))
+    assert found["untouched_mae"] < 0.2
+    shifted = wide.crop((3, 0, 131, 96))
+    assert (
+        Pixels().measure(shown(tmp_path, shifted, context=wide, mask=Image.new("L", wide.size)))["untouched_mae"] > 0.3
+    )
+
+
+def test_a_file_that_cannot_be_decoded_is_unmeasured(tmp_path: Path) -> None:
+    case = shown(tmp_path, noise(0))
+    (tmp_path / "made.png").write_bytes(b"no picture")
+    with pytest.raises(Unmeasured, match=r"made\.png cannot be decoded"):
+        Pixels().measure(case)
+
+
+# LPIPS ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with torchvision's names and random weights."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    state = {f"features.{name}": value for name, value in alexnet_features().state_dict().items()}
+    torch.save(state | {"classifier.1.weight": torch.zeros(2, 2)}, file)
+    return str(file)
+
+
+def test_lpips_is_torchmetrics(alexnet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Lpips(alexnet, CPU)
+    # torchmetrics takes its backbone from torchvision; it gets the same layers from us, the rest is its own.
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._get_tv_model_features", lambda *_: own.features)
+    theirs = _LPIPS(pretrained=True, net="alex", eval_mode=True)
+    a, b = noise(0), Image.blend(noise(0), noise(1), 0.5)
+    expected = float(theirs(tensor(a) * 2 - 1, tensor(b) * 2 - 1))
+    assert expected > 1e-3
+    assert own.distance(a, b) == pytest.approx(expected, rel=1e-3)
+    assert own.distance(a, a) == 0
+
+
+def test_masked_lpips_sees_nothing_of_the_edit(alexnet: str, tmp_path: Path) -> None:
+    context = noise(0)
+    mask = left_half(context)
+    found = Lpips(alexnet, CPU).measure(
+        shown(tmp_path, Image.composite(noise(1), context, mask), context=context, mask=mask, target=context)
+    )
+    assert found["lpips_untouched"] == 0
+    assert found["lpips_image"] == found["lpips_target"] > 0
+    small = Lpips(alexnet, CPU).measure(shown(tmp_path, noise(0, 32, 32), context=noise(1, 32, 32)))
+    assert small["lpips_image"] > 0, "small pictures are enlarged, not refused"
+
+
+# CLIP and DINO --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP with the quickstart's tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = CLIPTokenizer.from_pretrained(ENCODERS / "tokenizer")
+    tokenizer.save_pretrained(folder)
+    common = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+        **common,
+    }
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **common}, projection_dim=16)
+    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_embeddings_are_the_models_own(clip: str) -> None:
+    embedder, image = ClipEmbedder(clip, CPU), noise(0)
+    model = CLIPModel.from_pretrained(clip).eval()
+    tokens = CLIPTokenizer.from_pretrained(clip)(["recolour the red circle"], return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(clip)(images=image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model(input_ids=tokens["input_ids"], pixel_values=pixels)
+    np.testing.assert_allclose(embedder.image(image), expected.image_embeds[0], atol=1e-5)
+    np.testing.assert_allclose(embedder.text("recolour the red circle"), expected.text_embeds[0], atol=1e-5)
+    assert len(embedder.text("red " * 100)) == 16, "long prompts are cut, not refused"
+
+
+def test_clip_numbers_are_cosines_of_what_they_say(clip: str, tmp_path: Path) -> None:
+    metric = Clip(ClipEmbedder(clip, CPU))
+    image, context = noise(0), noise(1)
+    embed = metric.embedder
+    captions = {"source_caption": "red circle", "target_caption": "blue circle"}
+    found = metric.measure(shown(tmp_path, image, context=context, **captions))
+    a, b, words = embed.image(image), embed.image(context), embed.text("blue circle") - embed.text("red circle")
+    assert found["clip_image"] == pytest.approx(float(a @ b), abs=1e-5)
+    assert found["clip_text"] == pytest.approx(float(a @ embed.text("blue circle")), abs=1e-5)
+    direction = torch.cosine_similarity(torch.tensor(a - b), torch.tensor(words), dim=0)
+    assert found["clip_direction"] == pytest.approx(float(direction), abs=1e-4)
+    alone = metric.measure(shown(tmp_path, image, instruction="red circle"))
+    assert alone == {"clip_text": pytest.approx(float(a @ embed.text("red circle")), abs=1e-5)}
+    assert metric.measure(shown(tmp_path, context, context=context))["clip_image"] == pytest.approx(1)
+
+
+def test_the_aesthetic_head_is_its_linear_layers(clip: str, tmp_path: Path) -> None:
+    embedder = ClipEmbedder(clip, CPU)
+    mlp = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.2), nn.Linear(8, 1)).eval()  # as LAION's: no activations
+    file = tmp_path / "head.pth"
+    torch.save({f"layers.{name}": value for name, value in mlp.state_dict().items()}, file)
+    expected = mlp(torch.from_numpy(embedder.image(noise(0)))).item()
+    found = Aesthetic(embedder, str(file)).measure(shown(tmp_path, noise(0)))
+    assert found == {"aesthetic": pytest.approx(expected, abs=1e-5)}
+    torch.save(nn.Linear(768, 1).state_dict(), file)
+    with pytest.raises(ConfigError, match=r"takes embeddings of 768 numbers, and metrics\.clip gives 16"):
+        Aesthetic(embedder, str(file))
+
+
+def test_dino_compares_class_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    ).eval()
+    model.save_pretrained(tmp_path / "dino")
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path / "dino")
+    metric = Dino(str(tmp_path / "dino"), CPU)
+    a, b = noise(0), noise(1)
+    with torch.no_grad():
+        pooled = [model(processor(images=i, return_tensors="pt")["pixel_values"]).pooler_output[0] for i in (a, b)]
+    expected = float(torch.cosine_similarity(*pooled, dim=0))
+    assert metric.measure(shown(tmp_path, a, context=b)) == {"dino_image": pytest.approx(expected, abs=1e-5)}
+    assert metric.measure(shown(tmp_path, a, context=a)) == {"dino_image": pytest.approx(1)}
+    assert metric.measure(shown(tmp_path, a)) == {}
+
+
+# Distances between sets -----------------------------------------------------------------------------------------------
+
+
+class Columns(nn.Module):
+    """Features that torchmetrics and we can both be given: the image's own pixels."""
+
+    num_features = 12
+
+    def forward(self, images: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return images.reshape(images.shape[0], -1).to(torch.float64) / 64
+
+
+def sets(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 200, (count, 3, 2, 2), generator=generator, dtype=torch.uint8)
+    return real, torch.randint(40, 256, (count - 10, 3, 2, 2), generator=generator, dtype=torch.uint8)
+
+
+def test_fid_and_kid_are_torchmetrics() -> None:
+    real, made = sets(60)
+    a, b = (Columns()(x).numpy() for x in (made, real))
+    fid = FrechetInceptionDistance(feature=Columns())
+    fid.set_dtype(torch.float64)
+    kid = KernelInceptionDistance(feature=Columns(), subsets=1, subset_size=50)
+    for metric in (fid, kid):
+        metric.update(real[:50], real=True)
+        metric.update(made, real=False)
+    assert distribution.frechet(a, b[:50]) == pytest.approx(float(fid.compute()), rel=1e-4)
+    assert distribution.kernel_distance(a, b[:50]) == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+    assert distribution.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    few = distribution.frechet(a[:5], b)  # fewer images than features
+    assert np.isfinite(few)
+    assert few > 0
+
+
+def test_cmmd_is_the_mmd_of_its_kernel() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 4)), rng.normal(1, 1, size=(9, 4))
+
+    def mean_kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float(np.mean([np.exp(-((p - q) ** 2).sum() / 200) for p in x for q in y]))
+
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert distribution.gaussian_distance(a, b) == pytest.approx(expected)
+    assert distribution.gaussian_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_inception_is_a_torchscript_file(tmp_path: Path) -> None:
+    torch.jit.script(Columns()).save(str(tmp_path / "inception.pt"))
+    metric = distribution.Inception(str(tmp_path / "inception.pt"), CPU)
+    image = noise(0, 2, 2)
+    np.testing.assert_allclose(metric.feature(image), np.asarray(image).transpose(2, 0, 1).reshape(-1) / 64)
+    (tmp_path / "broken.pt").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"metrics\.inception=.*is no TorchScript file"):
+        distribution.Inception(str(tmp_path / "broken.pt"), CPU)
+
+
+# Faces ----------------------------------------------------------------------------------------------------------------
+
+FACE_AT = (30, 20)  # anchor point, in strides of 16, that the detector below finds if there is red in the image
+LANDMARKS = np.array([(-2.0, -1.5), (2.0, -1.5), (0.0, 0.5), (-1.5, 2.5), (1.5, 2.5)])  # from there, in strides
+
+
+def constant(name: str, value: np.ndarray) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value.astype(np.float32), name))
+
+
+def write_model(file: Path, nodes: list[onnx.NodeProto], side: int, outputs: list[str]) -> None:
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, side, side])
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    model = helper.make_model(
+        helper.make_graph(nodes, "graph", [given], made), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.save(model, file)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SCRFD that finds one face, at a known place, where an image has red; a recogniser that gives mean colours."""
+    folder = tmp_path_factory.mktemp("faces")
+    nodes = [
+        constant("red_only", np.array([1, -1, -1]).reshape(1, 3, 1, 1)),
+        helper.make_node("Mul", ["input", "red_only"], ["weighed"]),
+        helper.make_node("ReduceSum", ["weighed", "channels"], ["redness"], keepdims=0),
+        helper.make_node("ReduceMax", ["redness"], ["reddest"], keepdims=0),
+        helper.make_node(
+            "Constant", [], ["channels"], value=numpy_helper.from_array(np.array([1], np.int64), "channels")
+        ),
+    ]
+    nodes = [nodes[-1], *nodes[:-1]]
+    scores, boxes, points = [], [], []
+    for stride in (8, 16, 32):
+        count, own = (640 // stride) ** 2 * 2, stride == 16
+        score, box, point = np.zeros((count, 1)), np.zeros((count, 4)), np.zeros((count, 10))
+        if own:
+            i = (FACE_AT[1] * (640 // stride) + FACE_AT[0]) * 2 + 1
+            score[i], box[i], point[i] = 0.3, (3, 3, 3, 4), LANDMARKS.reshape(-1)
+        nodes += [constant(f"s{stride}", score), constant(f"b{stride}", box), constant(f"k{stride}", point)]
+        nodes += [helper.make_node("Mul", [f"s{stride}", "reddest"], [f"score{stride}"])]
+        scores.append(f"score{stride}")
+        boxes.append(f"b{stride}")
+        points.append(f"k{stride}")
+    write_model(folder / "scrfd_test.onnx", nodes, 640, [*scores, *boxes, *points])
+    mean = helper.make_node("ReduceMean", ["input"], ["embedding"], axes=[2, 3], keepdims=0)
+    write_model(folder / "glintr_test.onnx", [mean], 112, ["embedding"])
+    return str(folder)
+
+
+def portrait(colour: tuple[int, int, int]) -> Image.Image:
+    """Of 320 x 320, so half the detector's scale: a patch of one colour where it finds a face."""
+    image = Image.new("RGB", (320, 320))
+    x, y = (16 * FACE_AT[0] / 2, 16 * FACE_AT[1] / 2)
+    ImageDraw.Draw(image).rectangle((x - 70, y - 70, x + 70, y + 70), fill=colour)
+    return image
+
+
+def test_landmarks_are_where_the_detector_puts_them(faces: str) -> None:
+    metric = Face(faces)
+    found = metric.landmarks(portrait((255, 0, 0)))
+    np.testing.assert_allclose(found, (np.array(FACE_AT) * 16 + LANDMARKS * 16) / 2, atol=1e-4)
+    assert metric.landmarks(portrait((0, 0, 255))) is None
+
+
+def test_similarity_is_of_the_face_and_a_lost_face_counts(faces: str, tmp_path: Path) -> None:
+    metric = Face(faces)
+    red, orange, blue = (portrait(colour) for colour in ((255, 0, 0), (255, 60, 0), (0, 0, 255)))
+    same = metric.measure(shown(tmp_path, red, context=red))
+    assert same == {"face_similarity": pytest.approx(1), "face_found": 1.0}
+    other = metric.measure(shown(tmp_path, orange, context=red))
+    a, b = np.array([1, 60 / 127.5 - 1, -1]), np.array([1, -1, -1])
+    assert other["face_similarity"] == pytest.approx(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), abs=2e-2)
+    assert metric.measure(shown(tmp_path, blue, context=red)) == {"face_similarity": 0.0, "face_found": 0.0}
+    assert metric.measure(shown(tmp_path, red, context=blue)) == {}, "no face to keep"
+
+
+def test_alignment_undoes_a_turn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    face = Image.fromarray(rng.integers(0, 256, (14, 14, 3), np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+    angle, scale, shift = 0.5, 1.7, np.array([120.0, 40.0])
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    back = np.linalg.inv(turn)
+    rows = np.concatenate([back, (-back @ shift)[:, None]], 1).reshape(-1)
+    scene = face.transform((320, 320), Image.Transform.AFFINE, tuple(rows), Image.Resampling.BICUBIC)
+    found = aligned(scene, TEMPLATE @ turn.T + shift)
+    inner = (slice(20, 92), slice(20, 92))
+    difference = abs(np.asarray(found, float)[inner] - np.asarray(face, float)[inner]).mean()
+    assert difference < 4
+    wrong = aligned(scene, TEMPLATE @ turn.T + shift + 15)
+    assert abs(np.asarray(wrong, float)[inner] - np.asarray(face, float)[inner]).mean() > 3 * difference
+
+
+def test_a_face_folder_must_have_both_models(tmp_path: Path, faces: str) -> None:
+    shutil.copy(Path(faces) / "scrfd_test.onnx", tmp_path)
+    with pytest.raises(ConfigError, match=r"metrics\.face=.*must hold one of glintr\*\.onnx .* and holds 0"):
+        Face(str(tmp_path))
+    (tmp_path / "glintr.onnx").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"is no ONNX model that runs here"):
+        Face(str(tmp_path))
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_text_is_read(tmp_path: Path) -> None:
+    def sign(text: str) -> Image.Image:
+        image = Image.new("RGB", (360, 120), "white")
+        ImageDraw.Draw(image).text((20, 30), text, fill="black", font=ImageFont.load_default(40))
+        return image
+
+    engine = Ocr()
+    right = engine.measure(shown(tmp_path, sign("OPEN LATE"), text="Open late"))
+    assert right == {"text_found": 1.0, "text_similarity": pytest.approx(1.0)}
+    wrong = engine.measure(shown(tmp_path, sign("CLOSED"), text="Open late"))
+    assert wrong["text_found"] == 0
+    assert wrong["text_similarity"] < 0.6
+    assert engine.measure(shown(tmp_path, sign("OPEN"))) == {}
+
+
+def test_text_may_stand_among_other_text_and_over_lines() -> None:
+    assert compared("open late", ["CAFE", "Open", "LATE", "since 1999"]) == {"text_found": 1.0, "text_similarity": 1.0}
+    assert compared("open late", []) == {"text_found": 0.0, "text_similarity": 0.0}
+    near = compared("open late", ["0pen late"])
+    assert near == {"text_found": 0.0, "text_similarity": pytest.approx(8 / 9)}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ('Replace "joy" with "BFL"', "BFL"),
+        ("change the sign to 'It's open'.", "It's open"),
+        ("make the shirt say “hello world”!", "hello world"),
+        ('remove the text "joy"', None),
+        ("make the letters gold", None),
+    ],
+)
+def test_the_text_asked_for_is_what_stands_in_quotes_at_the_end(instruction: str, text: str | None) -> None:
+    case = Case("k", "Text Editing", instruction, ())
+    assert expected_text(case) == text
+    assert expected_text(Case("k", "Style Reference", instruction, ())) is None
+
+
+# A judge --------------------------------------------------------------------------------------------------------------
+
+
+class Judge(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint that answers what it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Asked)
+        self.answers: list[str | int] = []  # in turn, the last for ever; a number is an HTTP status
+        self.requests: list[tuple[dict[str, Any], str | None]] = []
+
+
+class _Asked(BaseHTTPRequestHandler):
+    server: Judge
+
+    def log_message(self, *arguments: object) -> None:
+        """Silent."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((body, self.headers.get("Authorization")))
+        answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
+        if self.path != "/v1/chat/completions" or isinstance(answer, int):
+            self.send_error(answer if isinstance(answer, int) else 404)
+            return
+        raw = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    server = Judge()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def ask(judge: Judge, tmp_path: Path) -> Callable[..., dict[str, float]]:
+    metric = Vlm(VlmConfig(url=f"http://127.0.0.1:{judge.server_port}/v1/", model="judge-1", retries=2))
+    metric.backoff_s = 0.0
+
+    def asked(*answers: str | int, **of: Any) -> dict[str, float]:
+        judge.answers = list(answers)
+        return metric.measure(shown(tmp_path, noise(0), **of))
+
+    return asked
+
+
+def test_a_judge_sees_both_images_and_its_marks_are_taken(
+    ask: Callable[..., dict[str, float]], judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    found = ask('Here you are:\n```json\n{"follows": 7, "keeps": 10}\n```', context=noise(1))
+    assert found == {"vlm_follows": 0.7, "vlm_keeps": 1.0}
+    body, key = judge.requests[0]
+    kinds = [part["type"] for part in body["messages"][0]["content"]]
+    assert (body["model"], key, kinds) == ("judge-1", "Bearer secret", ["image_url", "image_url", "text"])
+    assert "add a hat" in body["messages"][0]["content"][-1]["text"]
+    assert ask('{"follows": 3}') == {"vlm_follows": 0.3}, "without a context there is nothing to keep"
+    assert [part["type"] for part in judge.requests[1][0]["messages"][0]["content"]] == ["image_url", "text"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["I would say seven."], r"gave no JSON object: 'I would say seven\.'"),
+        (['{"follows": 7}'], r"the judge's keeps is None, not a number from 0 to 10"),
+        (['{"follows": 11, "keeps": 1}'], r"the judge's follows is 11"),
+        (['{"follows": true, "keeps": 1}'], r"the judge's follows is True"),
+        ([401], r"does not answer \(HTTP 401\)"),
+        ([503, 503, 503], r"does not answer \(HTTP 503\)"),
+    ],
+)
+def test_an_answer_that_is_none_is_told(
+    ask: Callable[..., dict[str, float]], judge: Judge, answers: list[str | int], message: str
+) -> None:
+    with pytest.raises(Unmeasured, match=message):
+        ask(*answers, context=noise(1))
+    assert len(judge.requests) == (3 if answers[0] == 503 else 1), "only what may pass is asked again"
+
+
+def test_a_busy_judge_is_asked_again(ask: Callable[..., dict[str, float]], judge: Judge) -> None:
+    assert ask(503, 429, '{"follows": 1, "keeps": 2}', context=noise(1)) == {"vlm_follows": 0.1, "vlm_keeps": 0.2}
+    judge.shutdown()
+    judge.server_close()
+    with pytest.raises(Unmeasured, match=r"does not answer \(\w+"):
+        ask("{}", context=noise(1))
+
+
+# What is not there ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["clip", "dino", "aesthetic", "lpips", "face", "inception", "references"])
+def test_an_absent_model_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"metrics\.{key}='/nowhere': is not there\. Put it there, or leave"):
+        MetricsConfig(**{key: "/nowhere"})
+
+
+def test_a_folder_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"nothing")
+    for key, given in (("clip", tmp_path), ("dino", tmp_path), ("lpips", tmp_path / "weights.pth")):
+        with pytest.raises(ConfigError, match=rf"metrics\.{key}="):
+            build_metrics(MetricsConfig(**{key: str(given)}))
+
+
+def test_what_needs_another_option_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metrics\.cmmd=True: is a function of CLIP's embeddings"):
+        MetricsConfig(cmmd=True)
+    with pytest.raises(ConfigError, match=r"metrics\.references=.*has no effect without"):
+        MetricsConfig(references=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"metrics\.vlm\.model='': must be given with metrics\.vlm\.url"):
+        VlmConfig(url="http://localhost/v1")
+    with pytest.raises(ConfigError, match=r"measures nothing"):
+        build_metrics(MetricsConfig(pixels=False))
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    monkeypatch.delitem(sys.modules, "kontext_train.evaluation.metrics.ocr")
+    with pytest.raises(ConfigError, match=r'metrics\.ocr=True: needs a package .*pip install "kontext-train\[eval\]"'):
+        build_metrics(MetricsConfig(ocr=True))
+
+
+def test_all_that_is_asked_for_is_built(clip: str, alexnet: str, faces: str) -> None:
+    metrics, found = build_metrics(MetricsConfig(clip=clip, lpips=alexnet, face=faces, cmmd=True))
+    assert [metric.name for metric in metrics] == ["pixels", "clip", "lpips", "face"]
+    assert [metric.name for metric in found] == ["cmmd"]
+    assert all(metric.about for metric in (*metrics, *found))
+    assert os.path.basename(clip) in metrics[1].about

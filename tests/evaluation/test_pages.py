@@ -1,0 +1,305 @@
+"""The report and the arena in a real Chromium, from disk and from their server."""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.arena import Arena, arena_server
+from kontext_train.evaluation.config import ArenaConfig
+from kontext_train.evaluation.metrics.pixels import Pixels
+from kontext_train.evaluation.report import write_report
+from kontext_train.evaluation.results import Results, open_results
+from kontext_train.evaluation.scoring import score
+from quickstart.benchmark import Exact, StandIn, make_stand_in, write_benchmark
+from tests.evaluation.cases import Inverter, benchmark, line, make
+
+SHOTS = os.environ.get("KONTEXT_TRAIN_TEST_SHOTS")  # a folder for screenshots, to look at
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    script = ["bash", str(Path(__file__).with_name("install_test_chromium.sh"))]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = f"no Chromium to test with: {done.stderr.strip()}"
+        assert os.environ.get("KONTEXT_TRAIN_TEST_ALL") != "1", reason
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        # --no-sandbox: Chromium's own needs a user that is not root
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails its test if its script does, or if it asks for anything that is not there."""
+    found = browser.new_page(viewport={"width": 1300, "height": 900})
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    found.on("requestfailed", lambda request: wrong.append(request.url))
+    yield found
+    found.close()
+    assert wrong == []
+
+
+def shoot(page: Page, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=Path(SHOTS) / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """Truth, copy and noise on the scenes; of the copy, one image is not there and one is of another size."""
+    folder = tmp_path_factory.mktemp("models")
+    write_benchmark(folder / "scenes", samples=10, chains=4)
+    found = []
+    for kind in (StandIn.TRUTH, StandIn.COPY, StandIn.NOISE):
+        results = open_results(make_stand_in(kind, folder / "scenes", folder / kind.value))
+        if kind is StandIn.COPY:
+            first, second, *_ = results.benchmark.pairs
+            results.image(first.key, 0).unlink()
+            shutil.copy(results.image("chain_0001.turn_1", 0), results.image(second.key, 0))
+        score(results, [Exact(folder / "scenes"), Pixels()])
+        found.append(results)
+    return found
+
+
+@pytest.fixture
+def report(models: list[Results], tmp_path: Path, page: Page) -> Page:
+    page.goto(write_report(models, tmp_path / "report").as_uri())
+    return page
+
+
+def shown_image(page: Page) -> str:
+    return page.locator("#big").get_attribute("src") or ""
+
+
+def test_a_report_opens_from_disk_with_failures_first(report: Page, models: list[Results]) -> None:
+    assert report.title() == "scenes: truth, copy, noise"
+    alarms = report.locator("#failures details summary").all_text_contents()
+    asked = len(models[1].images())
+    assert alarms[0] == f"copy: 1 of {asked} images were not made. No mean includes them."
+    assert report.locator("#failures li").first.text_content() == "recolour_0000@0: its file is gone"
+    first = report.locator("#rows .row").first
+    assert first.locator(".gone").text_content() == "copy: its file is gone"
+    report.wait_for_function("[...document.querySelectorAll('.row:first-child img')].every((i) => i.naturalWidth > 0)")
+    shoot(report, "report")
+
+
+def test_the_table_has_every_number_with_its_interval(report: Page, models: list[Results]) -> None:
+    summary = json.loads((models[2].folder / "summary.json").read_text())
+    estimate = summary["numbers"]["target_mae"]["categories"]["all"]
+    row = report.locator("#numbers tr", has_text="target_mae")
+    cell = row.locator("td").nth(2).inner_text()
+    assert f"{estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]" in cell
+    assert f"n={estimate['n']}" in cell
+    assert row.locator("td").nth(2).locator("small.worse").count() == 1, "noise is worse than the truth, and surely so"
+    assert row.locator("td").nth(0).locator("small.worse").count() == 0
+    home = report.locator("#numbers tr", has_text="cycle_mae, turn 6").locator("td")
+    assert home.first.inner_text().startswith("0 "), "the truth comes home"
+    assert report.locator("#numbers tr", has_text="median").locator("td").count() == 3
+    assert "untouched_ssim: torchmetrics" in (report.locator("#origin").text_content() or "")
+    assert models[0].benchmark.digest in (report.locator("#origin pre").first.text_content() or "")
+    report.select_option("#category", "recolour")
+    recoloured = summary["numbers"]["target_mae"]["categories"]["recolour"]
+    assert f"n={recoloured['n']}" in row.locator("td").nth(2).inner_text()
+
+
+def test_rows_follow_category_and_order(report: Page, models: list[Results]) -> None:
+    chains = len(models[0].benchmark.chains)
+    expect(report.locator("#count")).to_have_text(f"{len(models[0].benchmark.pairs) + chains} rows")
+    report.select_option("#category", "chains")
+    expect(report.locator("#count")).to_have_text(f"{chains} rows")
+    assert report.locator("#rows .row").first.locator(".strip").count() == 3, "a strip of turns for each model"
+    report.select_option("#category", "all")
+    report.select_option("#order", label="target_mae of noise, worst first")
+    captions = report.locator("#rows .row p").all_text_contents()
+    found = json.loads((models[2].folder / "scores" / "pixels.json").read_text())["values"]
+    worst = max((name for name in found if "target_mae" in found[name]), key=lambda name: found[name]["target_mae"])
+    assert worst.split(".")[0].split("@")[0] in captions[0]
+    assert "describe" in captions[-1], "what has no such number comes last"
+
+
+def test_keys_enlarge_flicker_and_step(report: Page, models: list[Results]) -> None:
+    report.select_option("#category", "recolour")
+    report.select_option("#order", label="as in the benchmark")
+    report.keyboard.press("j")
+    report.keyboard.press("j")
+    report.keyboard.press("Enter")
+    assert report.locator("#viewer").evaluate("(dialog) => dialog.open")
+    second = [case for case in models[0].benchmark.pairs if case.category == "recolour"][1]
+    assert shown_image(report) == f"images/model_0/seed_0/{second.key}.png"
+    report.keyboard.press("3")
+    assert shown_image(report) == f"images/model_2/seed_0/{second.key}.png"
+    shoot(report, "viewer")
+    for expected in ("images/benchmark/images/", "images/model_2/", "images/benchmark/images/"):
+        report.keyboard.press(" ")
+        assert shown_image(report).startswith(expected), "the space bar goes back and forth between context and image"
+    report.keyboard.press("t")
+    assert shown_image(report).endswith(f"{second.key}.target.png")
+    report.keyboard.press("2")
+    report.keyboard.press("f")
+    report.wait_for_function("document.getElementById('big').src.includes('benchmark')")
+    report.wait_for_function("document.getElementById('big').src.includes('model_1')")
+    report.keyboard.press("f")
+    report.keyboard.press("1")
+    report.keyboard.press("ArrowLeft")
+    assert shown_image(report) == f"images/model_0/seed_0/{models[0].benchmark.pairs[0].key}.png"
+    report.keyboard.press("z")
+    assert report.locator("#stage").evaluate("(stage) => stage.scrollWidth > stage.clientWidth")
+    shoot(report, "zoomed")
+    report.keyboard.press("Escape")
+    assert not report.locator("#viewer").evaluate("(dialog) => dialog.open")
+
+
+def test_drift_is_drawn_for_every_model(report: Page) -> None:
+    chart = report.locator("#drift svg[aria-label='target_mae by turn']")
+    assert chart.locator("polyline").count() == 3
+    lines = chart.locator("polyline").evaluate_all("(lines) => lines.map((line) => line.getAttribute('points'))")
+    heights = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
+    assert len(set(heights[0])) == 1, "the truth does not drift"
+    assert heights[1][-1] < heights[1][0], "a copy's distance to the truth rises, which is up on the screen"
+    chart.scroll_into_view_if_needed()
+    shoot(report, "drift")
+
+
+def test_instructions_are_text_and_never_markup(tmp_path: Path, page: Page) -> None:
+    words = "</script><script>throw new Error('run')</script><img src=x onerror=\"throw new Error('run')\">"
+    folder = benchmark(tmp_path / "b", [line(0, instruction=words), line(1)])
+    make(Inverter(), folder, tmp_path / "out", name="<b>bold</b>")
+    results = open_results(tmp_path / "out")
+    score(results, [Pixels()])
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    assert words in (page.locator("#rows").text_content() or "")
+    assert page.title() == "hats: <b>bold</b>"
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: list[Results]) -> None:
+    folder = benchmark(tmp_path / "b", [line(0)])
+    make(Inverter(), folder, tmp_path / "out")
+    other = open_results(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"are of two benchmarks"):
+        write_report([models[0], other], tmp_path / "report")
+    with pytest.raises(ConfigError, match=r"need names that differ; they are truth, truth"):
+        write_report([models[0], models[0]], tmp_path / "report")
+    with pytest.raises(ConfigError, match=r"was not measured: it has no summary\.json"):
+        write_report([other], tmp_path / "report")
+
+
+# The arena ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(models: list[Results], tmp_path: Path) -> Iterator[tuple[Arena, str]]:
+    arena = Arena(models, tmp_path / "votes.jsonl", seed=0)
+    server = arena_server(arena, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield arena, f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def press(page: Page, key: str, count: int) -> None:
+    page.keyboard.press(key)
+    expect(page.locator("#count")).to_have_text(f"{count} of {page.locator('#progress').get_attribute('max')}")
+
+
+def better(arena: Arena) -> str:
+    """The key of the model that comes first in the list: truth, copy, noise."""
+    asked: dict[str, Any] = arena.next()
+    comparison = arena.comparisons[asked["number"]]
+    return "ArrowLeft" if comparison.left < comparison.right else "ArrowRight"
+
+
+def test_votes_by_keys_are_blind_undone_and_rated(served: tuple[Arena, str], page: Page, tmp_path: Path) -> None:
+    arena, address = served
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(request.url + (request.post_data or "")))
+    page.on("response", lambda response: seen.append(response.text()) if "/next" in response.url else None)
+    page.goto(address)
+    expect(page.locator("figure.made img")).to_have_count(2)
+    page.wait_for_function("[...document.images].length && [...document.images].every((i) => i.naturalWidth > 0)")
+    shoot(page, "arena")
+    for count in range(1, 13):
+        press(page, better(arena), count)
+    assert not any(name in text for text in [*seen, page.content()] for name in arena.models), "names are hidden"
+    press(page, "u", 11)
+    press(page, "=", 12)
+    press(page, "s", 13)
+    lines = [json.loads(row) for row in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert [row["winner"] for row in lines[-3:]] == [None, "tie", "skip"]
+    page.click("#reveal")
+    expect(page.locator("#table td").first).to_have_text("truth")
+    shoot(page, "ratings")
+    ratings = arena.export()["ratings"]
+    assert ratings["truth"]["value"] > ratings["copy"]["value"] > ratings["noise"]["value"]
+    assert sum(estimate["n"] for estimate in ratings.values()) == 2 * 12, "who cannot say does not vote"
+
+
+def test_a_session_goes_on_where_it_was(served: tuple[Arena, str], models: list[Results], page: Page) -> None:
+    arena, address = served
+    page.goto(address)
+    expect(page.locator("figure.made img")).to_have_count(2)
+    for count in range(1, 4):
+        press(page, better(arena), count)
+    again = Arena(models, arena.file, seed=0)
+    assert again.next() == arena.next()
+    assert again.export() == arena.export()
+    page.reload()
+    expect(page.locator("#count")).to_have_text(f"3 of {len(arena.comparisons)}")
+    with arena.file.open("a") as file:
+        file.write('{"comp')
+    with pytest.raises(ConfigError, match=r"line 4 is no vote"):
+        Arena(models, arena.file, seed=0)
+
+
+def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_path: Path) -> None:
+    one, same, other = (Arena(models, tmp_path / "votes.jsonl", seed).comparisons for seed in (0, 0, 1))
+    assert one == same
+    assert [c.name for c in one] != [c.name for c in other]
+    assert sorted(c.name for c in one) == sorted(c.name for c in other)
+    lefts = sum(c.left < c.right for c in one)
+    assert 0.25 < lefts / len(one) < 0.75
+    assert not any("turn" in c.name for c in one)
+    assert not any("recolour_0000@0" in c.name and 1 in (c.left, c.right) for c in one), "the copy's image is gone"
+
+
+def test_every_comparison_ends_with_ratings(served: tuple[Arena, str], page: Page) -> None:
+    arena, address = served
+    for number in range(len(arena.comparisons)):
+        arena.vote(number, "tie")
+    page.goto(address)
+    expect(page.locator("#ratings")).to_be_visible()
+    assert {e["value"] for e in arena.export()["ratings"].values()} == {1000.0}
+    first = arena.votes[arena.comparisons[0].name]
+    arena.vote(0, "left")
+    assert arena.votes[arena.comparisons[0].name] == first, "the first vote counts"
+
+
+def test_the_server_gives_nothing_else(served: tuple[Arena, str], page: Page) -> None:
+    arena, address = served
+    request = page.request
+    last = len(arena.comparisons)
+    for path in ("etc/passwd", f"image/{last}/left", "image/0/7", "image/-1/left", "image/0/../../settings.json"):
+        assert request.get(address + path).status == 404, path
+    for data in ({"number": 0, "winner": "truth"}, {"number": last, "winner": "left"}, {"winner": "left"}, [1]):
+        assert request.post(f"{address}vote", data=data).status == 400, data
+    form = request.post(f"{address}vote", form={"number": "0", "winner": "left"})
+    assert form.status == 400, "another site's form is no vote"
+    assert arena.votes == {}
+
+
+def test_two_models_are_needed() -> None:
+    with pytest.raises(ConfigError, match=r"must be two result folders or more"):
+        ArenaConfig(results=["a"], votes="votes.jsonl")
