@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import imagehash
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
@@ -25,6 +23,7 @@ from data_tools.shard_writing import SCRATCH, Task, growing_folder, replacing, r
 from kontext_train.data.encoding import ENCODING_NAME
 from kontext_train.data.index import folder_shards
 from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span, parse_sample_json
+from kontext_train.safety.hashes import perceptual_hash
 
 _EXAMPLES = """examples:
   python -m data_tools.check_shards /data/edits --out report
@@ -40,9 +39,6 @@ Writes to OUT, which appears when all is done:
 filter_shards --drop-list takes each of these lists. Two targets look alike if their 64-bit DCT hashes (pHash) differ in
 at most --duplicate-distance bits; images of one colour have no such hash. Until all is done .OUT.partial grows, and the
 same command goes on from there if it was interrupted. Exit status: 0 nothing is broken; 1 something is, or an error."""
-
-_HASH_SIDE = 32
-_FLAT_RANGE = 2  # grey levels; what an image of one colour has after a JPEG
 
 
 @dataclass(slots=True)
@@ -145,7 +141,7 @@ def _measured(sample: ScannedSample, file: IO[bytes]) -> dict[str, Any]:
         "height": sample.target_hw[0],
         "width": sample.target_hw[1],
         "target_id": int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
-        "target_hash": _perceptual_hash(target),
+        "target_hash": perceptual_hash(target),
         "identical": identical,
         "target": list(sample.target),
         "contexts": [list(span) for span in sample.contexts],
@@ -167,14 +163,6 @@ def _decoded(role: str, raw: bytes, hw: tuple[int, int]) -> Image.Image:
     if (image.height, image.width) != hw:
         raise ValueError(f"{role} decodes to {image.height}×{image.width}, its header says {hw[0]}×{hw[1]}")
     return image
-
-
-def _perceptual_hash(image: Image.Image) -> int | None:
-    """64 bits; None for an image of one colour, whose hash would be that of all others of one colour."""
-    small = image.convert("L").resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS)
-    if np.ptp(np.asarray(small)) <= _FLAT_RANGE:
-        return None
-    return int(np.packbits(imagehash.phash(small).hash).view(">u8")[0])
 
 
 @lru_cache(maxsize=1)

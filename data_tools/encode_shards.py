@@ -25,6 +25,7 @@ from kontext_train.data.encoded import StoredText, describe_encoding, encoding_b
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex, read_encoding
 from kontext_train.data.index_build import build_index
+from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.transforms import Transform
 from kontext_train.models.config import EncoderDtype, EncodersConfig
@@ -116,6 +117,9 @@ def encode_shards(
                 report.shards += 1
         report.samples = sum(len(rows) for _, rows in todo) - len(report.bad)
     if all((out / name).exists() for name, _ in shards):
+        if index.safety_filter is not None:  # what is encoded passed it too
+            with replacing(out / SAFETY_NAME) as file:
+                file.write(passed_filter(index.safety_filter, [out / name for name, _ in shards]))
         problems = build_index(out).problems
         if problems:
             raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")

@@ -20,6 +20,7 @@ from data_tools.shard_writing import Task, growing_folder, remove_others, replac
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
+from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.shard import Problem, ScannedSample, Span, parse_sample_json
 
 _EXAMPLES = f"""an expression is a part of Python's:
@@ -106,6 +107,9 @@ def filter_shards(
             file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
         if encoding is not None:
             shutil.copyfile(folder / ENCODING_NAME, partial / ENCODING_NAME)
+        if index.safety_filter is not None:  # what passed it still has
+            with replacing(partial / SAFETY_NAME) as file:
+                file.write(passed_filter(index.safety_filter, map(partial.joinpath, written)))
         if build_index(partial).samples != counts["kept"]:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
@@ -152,16 +156,16 @@ def _filter(given: _Shard) -> dict[str, Any]:
                 continue  # it is not in the index either
             if found.key in given.drop:
                 result["listed"] += 1
-            elif _passes(_values(found, given.source.name, file), clauses, result):
-                runs.append(_sample_run(found))
+            elif _passes(sample_values(found, given.source.name, file), clauses, result):
+                runs.append(sample_run(found))
         result["kept"] = len(runs)
         if runs:
             with replacing(given.out) as out:
-                _copy_runs(file, runs, out)
+                copy_runs(file, runs, out)
     return result
 
 
-def _values(sample: ScannedSample, shard: str, file: IO[bytes]) -> dict[str, Any]:
+def sample_values(sample: ScannedSample, shard: str, file: IO[bytes]) -> dict[str, Any]:
     """A value for each of `NAMES`."""
     file.seek(sample.json.offset)
     fields = parse_sample_json(file.read(sample.json.size))
@@ -186,14 +190,14 @@ def _passes(values: dict[str, Any], clauses: list[Clause], result: dict[str, Any
     return True
 
 
-def _sample_run(sample: ScannedSample) -> Span:
+def sample_run(sample: ScannedSample) -> Span:
     """The bytes of all its members with their headers."""
     end = max(span.offset + span.size for span in (sample.json, sample.target, *sample.contexts))
     padding = -end % tarfile.BLOCKSIZE
     return Span(sample.header_offset, end + padding - sample.header_offset)
 
 
-def _copy_runs(file: IO[bytes], runs: list[Span], out: IO[bytes]) -> None:
+def copy_runs(file: IO[bytes], runs: list[Span], out: IO[bytes]) -> None:
     for run in runs:
         file.seek(run.offset)
         out.write(file.read(run.size).ljust(run.size, b"\0"))

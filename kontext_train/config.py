@@ -27,11 +27,13 @@ from kontext_train.models.config import (
     block_linears,
     lora_targets,
 )
+from kontext_train.objectives.concept_list import read_concepts
 from kontext_train.objectives.config import (
     FlowMatchingConfig,
     GuidanceDistillationConfig,
     LaddConfig,
     ObjectiveConfig,
+    SafetyConfig,
 )
 from kontext_train.training.config import (
     CheckpointConfig,
@@ -93,6 +95,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "flow_matching": FlowMatchingConfig,
     "guidance_distillation": GuidanceDistillationConfig,
     "ladd": LaddConfig,
+    "safety": SafetyConfig,
 }
 
 
@@ -196,6 +199,9 @@ def check_relations(config: TrainConfig, world_size: int) -> None:
             rule = f"must not exceed run.steps={config.run.steps}"
             raise ConfigError(f"{schedule.key}.warmup_steps", schedule.warmup_steps, rule, "Lower it")
     _check_roles(config)
+    if isinstance(config.objective, SafetyConfig) and config.parallel.cp > 1:
+        rule = "gives each rank a share of the conditioning's gradient, and stage=safety attacks along the whole of it"
+        raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use parallel.cp=1")
     _check_keeping(config)
 
 
@@ -208,6 +214,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     places += [(config.weights, role) for role in ("student", *ROLES)]
     places += [(config.data, "train"), (config.data, "validation")]
     places += [(config.data.storage, "cache_dir"), *((source, "path") for source in config.data.sources.values())]
+    if isinstance(config.objective, SafetyConfig):
+        places.append((config.objective, "concepts"))
     if config.run.resume not in ("auto", "none"):
         places.append((config.run, "resume"))
     for owner, name in places:
@@ -241,6 +249,8 @@ def check(config: TrainConfig, world_size: int) -> None:
             raise ConfigError(f"weights.{role}", None, rule, "Give a safetensors file or folder")
         if not Path(given).exists():
             raise ConfigError(f"weights.{role}", given, "must exist", "Give a safetensors file or folder")
+    if isinstance(config.objective, SafetyConfig):
+        read_concepts(config.objective.concepts)
     if config.lora.rank and config.weights.student is None:
         rule = "must be given, because lora.rank > 0 adapts weights that exist"
         raise ConfigError("weights.student", None, rule, "Give a safetensors file, or set lora.rank=0")

@@ -1,8 +1,10 @@
 """kontext-sample: edit or make a picture with a trained model. Several prompts in a row edit over several turns."""
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,10 +24,20 @@ kontext-sample checkpoint=PATH prompt=TEXT [prompt=TEXT ...] [context=IMAGE ...]
   height=, width=        pixels; the size of the first context if not given
   sampler.steps=28  sampler.guidance=1.0  sampler.embedded_guidance=2.5
   ema=true               averaged weights, where the run kept them
+  gate=FILE              a safety policy for prompts, context images and results (docs/safety.md); what it blocks is not
+                         written, and the exit status is 3
+  provenance=true        say in the file that a model made it (XMP, IPTC's digital source type)
   encoders=PATH          where the encoders are now, if not where the run had them
 
   kontext-sample checkpoint=outputs/quickstart/run prompt="recolor the red circle to blue" context=scene.png
 """
+
+
+BLOCKED = 3  # exit status of a request that a safety policy stopped
+
+
+class Blocked(Exception):
+    """A rule of the policy holds for a prompt, a context image or a result, which is not written."""
 
 
 @dataclass(slots=True)
@@ -40,6 +52,8 @@ class SampleConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     ema: bool = True
     encoders: str | None = None
+    gate: str | None = None
+    provenance: bool = True
 
     def check(self) -> None:
         """ConfigError by key unless there is something to do."""
@@ -56,7 +70,7 @@ class SampleConfig:
 
 def parse(arguments: list[str]) -> SampleConfig:
     """key=value arguments. Prompts and file names are taken as they are: commas and quotes mean nothing here."""
-    texts: dict[str, list[str]] = {"prompt": [], "context": [], "out": [], "checkpoint": [], "encoders": []}
+    texts: dict[str, list[str]] = {"prompt": [], "context": [], "out": [], "checkpoint": [], "encoders": [], "gate": []}
     options = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -74,7 +88,7 @@ def parse(arguments: list[str]) -> SampleConfig:
         raise ConfigError("arguments", options, what, "kontext-sample --help shows the keys") from error
     assert isinstance(config, SampleConfig)
     config.prompt, config.context = texts["prompt"], texts["context"]
-    for key in ("out", "checkpoint", "encoders"):
+    for key in ("out", "checkpoint", "encoders", "gate"):
         if texts[key]:
             setattr(config, key, texts[key][-1])
     config.check()
@@ -91,25 +105,34 @@ def main() -> None:
     except ConfigError as error:
         print(f"kontext-sample: {error}", file=sys.stderr)
         sys.exit(2)
+    except Blocked as error:
+        print(f"kontext-sample: {error}", file=sys.stderr)
+        sys.exit(BLOCKED)
 
 
 def sample(config: SampleConfig) -> list[Path]:
-    """Writes one PNG for each prompt; returns the files."""
+    """Writes one picture for each prompt; returns the files. Raises Blocked if the policy stops the request."""
     import torch
     from PIL import Image
 
     from kontext_train.data.transforms import load_image
     from kontext_train.evaluation.trained import load_trained
     from kontext_train.generate import Request
+    from kontext_train.safety.provenance import save_with_provenance
 
+    check = _gate(config.gate)
+    for prompt in config.prompt:
+        check("prompt", prompt, {})
     trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
     side = trained.pixels_per_token
     contexts = []
-    for name in config.context:
+    for number, name in enumerate(config.context):
         try:
-            contexts.append(torch.from_numpy(load_image(name, trained.transform)).permute(2, 0, 1))
+            pixels = load_image(name, trained.transform)
         except ValueError as error:
             raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
+        check(f"context image {name}", None, {f"context.{number}": Image.fromarray(pixels)})  # as the model sees it
+        contexts.append(torch.from_numpy(pixels).permute(2, 0, 1))
     default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
     height = default_height if config.height is None else config.height
     width = default_width if config.width is None else config.width
@@ -123,11 +146,38 @@ def sample(config: SampleConfig) -> list[Path]:
         (image,) = trained.generate([request], config.sampler)
         out = Path(config.out)
         file = out if len(config.prompt) == 1 else out.with_suffix(f".{turn}{out.suffix}")
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        check(f"result of {prompt!r}", prompt, {"target": picture})
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file)
+        if config.provenance:
+            save_with_provenance(picture, file, edited=bool(contexts), tool=f"kontext_train {config.checkpoint}")
+        else:
+            picture.save(file)
         files.append(file)
         contexts = [image, *contexts[1:]]  # the next prompt edits this result; further references stay
     return files
+
+
+def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], None]:
+    """A function of (what it is, prompt, RGB images by part) that raises Blocked where a rule holds."""
+    if path is None:
+        return lambda what, prompt, images: None
+    import torch
+
+    from kontext_train.safety.judge import Judge, Subject
+    from kontext_train.safety.rules import read_rules
+
+    judge = Judge(read_rules(path, "gate"), torch.device("cuda" if torch.cuda.is_available() else "cpu"), "gate")
+
+    def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
+        (verdict,) = judge.judge([Subject(prompt, images)])
+        if (found := verdict.blocking()) is not None:
+            why = (
+                f"score {found.score:.4g}, threshold {found.threshold:.4g}" if found.score is not None else found.reason
+            )
+            raise Blocked(f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written")
+
+    return check
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def train(config: TrainConfig) -> None:
     from kontext_train.models.lora import adapt, base_digest
     from kontext_train.models.weights import initialise, initialise_adapters, load
     from kontext_train.objectives.build import build_objective
-    from kontext_train.objectives.config import LaddConfig
+    from kontext_train.objectives.concept_list import read_concepts
+    from kontext_train.objectives.concepts import encode_concepts
+    from kontext_train.objectives.config import LaddConfig, SafetyConfig
     from kontext_train.trainer import Interrupted, Trainer
     from kontext_train.training import checkpoint
     from kontext_train.training.bad_samples import BadSamples
@@ -188,9 +190,9 @@ def train(config: TrainConfig) -> None:
         sources = [*sources, its_source]
     # Text encoders have nothing to do where T5's tokens are stored, unless pictures are drawn.
     all_stored = all(source.index.encoding is not None and source.index.encoding["t5"] for source in sources)
-    needs_text = not all_stored or (
-        held_out is not None and (config.validation.pictures > 0 or config.evaluation.benchmark is not None)
-    )
+    draws = config.validation.pictures > 0 or config.evaluation.benchmark is not None
+    has_prompts = isinstance(config.objective, SafetyConfig)
+    needs_text = not all_stored or (held_out is not None and draws) or has_prompts
     record = {"config": plain(config), "plan": plan_digest(planner.mixture, config.data, config.run.seed)}
     if config.lora.rank and config.weights.student is not None:
         record["base"] = base_digest(config.weights.student)  # which checkpoints do not hold
@@ -279,7 +281,11 @@ def train(config: TrainConfig) -> None:
         if isinstance(config.objective, LaddConfig):
             heads = config.objective.discriminator
             networks["discriminator"] = new_discriminator(heads, config.model, config.parallel, world, config.run.seed)
-        objective = build_objective(config.objective, networks, config.model, config.flow, empty_prompt)
+        concepts = None
+        if isinstance(config.objective, SafetyConfig):
+            transform = Transform.of(config.data, pixels_per_token, config.run.seed)
+            concepts = encode_concepts(read_concepts(config.objective.concepts), encoders, transform, world.device)
+        objective = build_objective(config.objective, networks, config.model, config.flow, empty_prompt, concepts)
         turns: dict[str, tuple[OptimizerConfig, ScheduleConfig]] = {
             "student": (config.optimizer, config.schedule),
             "discriminator": (config.discriminator_optimizer, config.discriminator_schedule),

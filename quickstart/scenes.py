@@ -319,7 +319,7 @@ def sample_example(
         edit = _pick(
             rng, combinations(kind, held_out)
         )  # the combination first: no rejection, so nothing is under-sampled
-        scene = _scene_for(rng, columns, edit)
+        scene = scene_for(rng, columns, edit)
         return Example(phrase(edit, rng), edit, (scene,), apply_edit(scene, edit))
     scene = sample_scene(rng, columns)
     others = [name for name in BACKGROUNDS if name != scene.background]
@@ -340,7 +340,7 @@ def sample_scene(
     return _fill(rng, columns, _choose(rng, cells, count), [], set(), backgrounds)
 
 
-def _scene_for(rng: np.random.Generator, columns: int, edit: Edit) -> Scene:
+def scene_for(rng: np.random.Generator, columns: int, edit: Edit) -> Scene:
     """A random scene in which a thing-naming `edit` can be done."""
     cells = [(row, column) for row in range(ROWS) for column in range(columns)]
     free: tuple[int, int] | None = None

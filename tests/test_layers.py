@@ -11,7 +11,7 @@ ORDER = [
     {"randomness"},
     {"flow", "models", "distributed"},
     {"data"},
-    {"generate"},
+    {"generate", "safety"},
     {"objectives"},
     {"training"},
     {"trainer"},

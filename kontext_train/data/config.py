@@ -73,6 +73,7 @@ class DataConfig:
     prompt_dropout: float = 0.1  # share of samples trained with the empty prompt, for classifier-free guidance
     context_dropout: float = 0.0  # share of samples trained without their context images
     max_bad_fraction: float = 0.001  # of samples that cannot be read, before the run stops; 0 stops at the first
+    require_safety_filter: str | None = None  # a policy, NAME or NAME@DIGEST, that all shards must have passed
     workers: int = 4  # reader processes for each rank; 0 reads and plans in the training process
     prefetch: int = 2  # packs that each worker holds ready
     storage: StorageConfig = field(default_factory=StorageConfig)

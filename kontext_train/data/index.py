@@ -11,7 +11,7 @@ sees them, that is after EXIF orientation. Offsets and sizes of spans are bytes 
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from kontext_train.data.config import StorageConfig, is_url
 from kontext_train.data.encoding import ENCODING_NAME, parse_encoding
 from kontext_train.data.index_file import INDEX_NAME, map_index
+from kontext_train.data.safety_filter import SAFETY_NAME, parse_filter
 from kontext_train.data.shard import Span
 from kontext_train.data.storage import ShardFile, read_whole, scratch_folder
 from kontext_train.errors import StorageError
@@ -79,6 +80,18 @@ def read_encoding(folder: str, storage: StorageConfig | None = None) -> dict[str
         return None
 
 
+def read_filter(folder: str, sizes: Mapping[str, int], storage: StorageConfig | None = None) -> dict[str, str] | None:
+    """The safety filter that the shards of a folder passed, by name and digest; None without one.
+
+    sizes: bytes of each shard by name. Raises ValueError if a shard is not one that the filter wrote.
+    """
+    path = f"{folder}/{SAFETY_NAME}"
+    try:
+        return parse_filter(path, read_whole(path, storage), sizes)
+    except FileNotFoundError:
+        return None
+
+
 class ShardIndex:
     """A memory-mapped `index.arrow`. Arrays are read-only views of the file: processes share one copy, and each touches
     only the pages of what it looks at.
@@ -93,6 +106,7 @@ class ShardIndex:
         base: what shards' names start from: `folder`, or the URL that an index in a local folder was made of.
         digest: names the samples and their order; the same for a copy of the folder and for an index built again.
         encoding: how encoded shards were made (`encoded.describe_encoding`); None for shards of images.
+        safety_filter: name and digest of the policy that they passed (`safety_filter`); None if they passed none.
     """
 
     def __init__(self, folder: str, file: Path, storage: StorageConfig | None = None) -> None:
@@ -104,6 +118,7 @@ class ShardIndex:
             self.digest: str = header["digest"]
             self.encoding: dict[str, Any] | None = header["encoding"]
             self.samples_by_contexts: list[int] = header["samples_by_contexts"]
+            self.safety_filter: dict[str, str] | None = header.get("safety_filter")
             self._shards, self._whole_folder = header["shards"], header["whole_folder"]
         except KeyError as error:
             raise ValueError(f"{file} is damaged: its metadata lacks {error}. {_run(folder)}") from error

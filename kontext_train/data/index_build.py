@@ -11,9 +11,10 @@ from typing import Any
 
 from kontext_train.data.config import StorageConfig, is_url
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
-from kontext_train.data.index import HOW_TO_MAKE, file_name_of, folder_shards, read_encoding
+from kontext_train.data.index import HOW_TO_MAKE, file_name_of, folder_shards, read_encoding, read_filter
 from kontext_train.data.index_file import INDEX_NAME, Columns, IndexWriter, map_index
 from kontext_train.data.index_scan import Scan, scan_all
+from kontext_train.data.safety_filter import SAFETY_NAME
 from kontext_train.data.shard import Problem
 from kontext_train.data.storage import ShardFile, scratch_folder
 
@@ -72,7 +73,9 @@ def build_index(
         raise ValueError(f"shards is empty. Name shards in {folder}, or leave it away to index all of them")
     problems = [] if shards is not None else _compressed(sorted(path.name for path in base.iterdir()))
     described = {path.relative_to(base).as_posix(): ShardFile.local(path) for path in paths}
-    header = {"base": None, "whole_folder": shards is None, "encoding": read_encoding(str(base), storage)}
+    sizes = {name: file.bytes for name, file in described.items()}
+    encoding, passed = read_encoding(str(base), storage), read_filter(str(base), sizes, storage)
+    header = {"base": None, "whole_folder": shards is None, "encoding": encoding, "safety_filter": passed}
     report = _build(described, base / INDEX_NAME, base / _PARTIAL_NAME, header, workers, storage, progress)
     report.problems[:0] = problems
     return report
@@ -97,7 +100,10 @@ def _build_remote(
         remote.download(remote.look([f"{url}/{INDEX_NAME}"])[0], place / INDEX_NAME)
     files = {file.path[len(url) + 1 :]: file for file in described}
     encoding = read_encoding(url, storage) if shards is not None or ENCODING_NAME in names else None
-    header = {"base": url if out else None, "whole_folder": shards is None, "encoding": encoding}
+    sizes = {name: file.bytes for name, file in files.items()}
+    passed = read_filter(url, sizes, storage) if shards is not None or SAFETY_NAME in names else None
+    base = url if out else None
+    header = {"base": base, "whole_folder": shards is None, "encoding": encoding, "safety_filter": passed}
     report = _build(files, place / INDEX_NAME, place / _PARTIAL_NAME, header, workers, storage, progress)
     report.problems[:0] = _compressed(names)
     if out is None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kontext_train.data.config import Crop, DataConfig, SourceConfig, StorageConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.order import permuted
+from kontext_train.data.safety_filter import check_filter
 from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError, StorageError
 from kontext_train.models.sequence import SampleShape
@@ -147,6 +148,8 @@ def open_sources(config: DataConfig, pixels_per_token: int, seed: int) -> list[S
     given = config.of_sources()
     key = "data.sources.{}.path" if config.sources else "data.train"
     indexes = {name: _opened(key.format(name), source.path, config.storage) for name, source in given.items()}
+    for name, index in indexes.items():
+        check_filter(key.format(name), index.folder, index.safety_filter, config.require_safety_filter)
     _check_one_kind(indexes)
     share = shares(given, {name: len(index) for name, index in indexes.items()})
     return [Source.of(key.format(name), given[name], indexes[name], share[name], transform) for name in given]

@@ -10,15 +10,18 @@ from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import FluxConfig
 from kontext_train.models.flux import Flux
 from kontext_train.objectives.base import Objective
+from kontext_train.objectives.concepts import ConceptBank
 from kontext_train.objectives.config import (
     FlowMatchingConfig,
     GuidanceDistillationConfig,
     LaddConfig,
     ObjectiveConfig,
+    SafetyConfig,
 )
 from kontext_train.objectives.flow_matching import FlowMatching
 from kontext_train.objectives.guidance_distillation import GuidanceDistillation
 from kontext_train.objectives.ladd import Ladd
+from kontext_train.objectives.safety import Safety
 
 
 def build_objective(
@@ -27,10 +30,12 @@ def build_objective(
     model: FluxConfig,
     shift: ShiftConfig,
     empty_prompt: tuple[Tensor, Tensor] | None,
+    concepts: ConceptBank | None,
 ) -> Objective:
     """networks: by role, those that config.trained and config.frozen name. model: the student's.
 
     empty_prompt: its text tokens [L, E] and pooled vector [P], where config.needs_empty_prompt.
+    concepts: of the safety stage.
     """
     student = networks["student"]
     match config:
@@ -47,4 +52,7 @@ def build_objective(
         case LaddConfig():
             told = config.student_guidance if model.guidance_embed else None
             return Ladd(config, student, cast(Flux, networks["teacher"]), networks["discriminator"], shift, told)
+        case SafetyConfig():
+            assert concepts is not None
+            return Safety(student, networks["reference"], concepts, config, shift)
     raise AssertionError(config)

@@ -92,3 +92,34 @@ class LaddConfig(ObjectiveConfig):
         for key in ("renoise_std", "gradient_penalty_std"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"objective.{key}", getattr(self, key), "must be above 0", "See docs/distillation.md")
+
+
+@dataclass(slots=True)
+class SafetyConfig(ObjectiveConfig):
+    """safety: concepts that must not be made are suppressed, against an attack on the conditioning (docs/safety.md)."""
+
+    frozen: ClassVar[tuple[str, ...]] = ("reference",)
+    passes_without_gradients: ClassVar[int] = 1  # the reference's on the pack; concepts beside it are not counted
+
+    concepts: str | None = None  # JSON Lines of prompts, their anchors and context images
+    concepts_per_pack: int = 8  # suppressed beside each pack of ordinary samples; at most as many as these
+    suppress_weight: float = 1.0  # of a concept's error, against that of an ordinary sample
+    negative_guidance: float = 1.0  # how far beyond the empty prompt a concept without an anchor is turned round
+    attack_steps: int = 4  # of the inner ascent; 0 trains without an adversary
+    text_budget: float = 0.3  # how far the ascent may move each T5 token, relative to its length
+    pooled_budget: float = 0.3  # the same of CLIP's vector
+    context_budget: float = 0.0  # and of each token of the context images
+    guidance: float = 1.0  # given to models with a guidance embedding while they train
+
+    def __post_init__(self) -> None:
+        if self.concepts_per_pack < 1:
+            rule = "must be at least 1"
+            raise ConfigError("objective.concepts_per_pack", self.concepts_per_pack, rule, "Use stage=flow_finetune")
+        if not self.suppress_weight > 0:
+            raise ConfigError("objective.suppress_weight", self.suppress_weight, "must be above 0", "1 is usual")
+        for key in ("negative_guidance", "attack_steps", "text_budget", "pooled_budget", "context_budget"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"objective.{key}", getattr(self, key), "must not be negative", "Give 0 or more")
+        if self.attack_steps and not (self.text_budget or self.pooled_budget or self.context_budget):
+            rule = "has no effect with text_budget, pooled_budget and context_budget all 0"
+            raise ConfigError("objective.attack_steps", self.attack_steps, rule, "Give a budget, or 0 steps")

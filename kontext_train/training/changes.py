@@ -31,6 +31,7 @@ FREE = (
     "data.prefetch",
     "data.storage.*",
     "data.max_bad_fraction",
+    "data.require_safety_filter",
     "parallel.*",
     "model.attention",
 )

@@ -23,6 +23,7 @@ from data_tools.filter_shards import filter_shards
 from data_tools.near_duplicates import bit_distance, duplicate_groups, near_pairs
 from data_tools.shard_writing import write_shard
 from kontext_train.data.index_build import build_index
+from kontext_train.safety.hashes import perceptual_hash
 from tests.runs import ENCODERS
 
 
@@ -264,7 +265,7 @@ def test_100_000_copies_are_one_group_without_pairing_them() -> None:
 
 def test_hash_is_that_of_the_library() -> None:
     for seed in range(5):
-        ours = check_shards._perceptual_hash(picture(seed))
+        ours = perceptual_hash(picture(seed))
         assert f"{ours:016x}" == str(imagehash.phash(picture(seed)))
     assert bit_distance(np.array([0b111], np.uint64), np.array([0b010], np.uint64)).tolist() == [2]
 

@@ -1,0 +1,242 @@
+"""filter_safety and train_probe: a planted stand-in is found wherever it is, and nothing is kept unseen."""
+
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools import encode_shards, filter_safety, filter_shards, train_probe
+from data_tools.shard_writing import write_shard
+from kontext_train.data.config import DataConfig
+from kontext_train.data.index import ShardIndex
+from kontext_train.data.index_build import build_index
+from kontext_train.data.sample import SampleReader
+from kontext_train.data.sources import open_sources
+from kontext_train.data.transforms import Transform
+from kontext_train.errors import ConfigError
+from kontext_train.models.config import EncodersConfig
+from kontext_train.safety.hashes import perceptual_hash
+from tests.runs import ENCODERS, overwrite
+from tests.safety.planted import PHRASE, sample, with_sign, write_clip, write_planted
+
+SAMPLES, PER_PLACE = 720, 12  # 5 % planted: in context only, target only and prompt only
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model, probes fitted on labelled shards, and a policy."""
+    room = tmp_path_factory.mktemp("safety")
+    write_clip(room / "clip")
+    labelled = ["target" if i % 2 else "" for i in range(1600)]
+    write_planted(room / "labelled", labelled, 2, seed=1)
+    train_probe.train_probe(
+        room / "labelled", room / "clip", "target", "json.planted == 'target'", room / "image.probe",
+        max_false_positives=0.01,
+    )  # fmt: skip
+    (room / "words.txt").write_text(f"# what nobody may ask for\n{PHRASE}\n")
+    write_policy(room)
+    return room
+
+
+def write_policy(room: Path) -> None:
+    rules = [
+        "{name: words, kind: words, list: words.txt, policy: quarantine}",
+        "{name: sign, kind: clip_image, clip: clip, head: image.probe, policy: drop}",
+    ]
+    (room / "policy.yaml").write_text("name: no-signs\nrules:\n" + "".join(f"  - {rule}\n" for rule in rules))
+
+
+@pytest.fixture(scope="module")
+def planted(room: Path) -> Path:
+    places = (
+        ["context"] * PER_PLACE + ["target"] * PER_PLACE + ["prompt"] * PER_PLACE + [""] * (SAMPLES - 3 * PER_PLACE)
+    )
+    order = np.random.default_rng(2).permutation(len(places))
+    return write_planted(room / "planted", [places[i] for i in order], 3, seed=3)
+
+
+@pytest.fixture(scope="module")
+def filtered(room: Path, planted: Path) -> Path:
+    filter_safety.filter_safety(planted, room / "filtered", room / "policy.yaml", processes=1)
+    return room / "filtered"
+
+
+def places(folder: Path) -> Counter[str]:
+    """How many samples of each kind a folder holds."""
+    index = ShardIndex.open(folder)
+    reader = SampleReader(index, Transform.of(DataConfig(), 16, 0))
+    return Counter(reader.read(i).metadata["planted"] for i in range(len(index)))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_planted_is_removed_and_little_else(planted: Path, filtered: Path) -> None:
+    before, after = places(planted), places(filtered)
+    assert before == {"": SAMPLES - 3 * PER_PLACE, "context": PER_PLACE, "target": PER_PLACE, "prompt": PER_PLACE}
+    for place in ("context", "target", "prompt"):
+        assert after[place] <= 0.02 * PER_PLACE, place
+    assert after[""] >= 0.98 * before[""]
+    report = json.loads((filtered / "filter_safety.json").read_text())
+    assert report["kept"] + report["dropped"] + report["quarantined"] == SAMPLES
+    assert {rule["rule"]: rule["found"] for rule in report["rules"]}["words"] == PER_PLACE
+
+
+def test_a_rule_that_looks_elsewhere_does_not_find_it(room: Path, planted: Path, tmp_path: Path) -> None:
+    """The control: what is planted in the context is found there, and by nothing else."""
+    policy = room / "targets.yaml"
+    rule = "{name: sign, kind: clip_image, clip: clip, head: image.probe, parts: [target], policy: drop}"
+    policy.write_text(f"name: targets\nrules:\n  - {rule}\n")
+    filter_safety.filter_safety(planted, tmp_path / "out", policy)
+    left = places(tmp_path / "out")
+    assert left["target"] == 0
+    assert left["context"] >= PER_PLACE - 1
+    assert left["prompt"] >= PER_PLACE - 1
+
+
+def test_the_audit_names_rule_and_part_and_holds_neither_image_nor_prompt(filtered: Path) -> None:
+    audit = lines(filtered / "audit.jsonl")
+    assert all(
+        line.keys() == {"shard", "key", "rule", "policy", "part", "score", "threshold", "reason"} for line in audit
+    )
+    assert {line["part"] for line in audit} == {"prompt", "target", "context.0"}
+    assert PHRASE not in (filtered / "audit.jsonl").read_text()
+    words = {(line["shard"], line["key"]) for line in audit if line["rule"] == "words"}
+    dropped = {(line["shard"], line["key"]) for line in audit if line["policy"] == "drop"}
+    listed = {(line["shard"], line["key"]) for line in lines(filtered / "quarantine.jsonl")}
+    assert listed == words - dropped
+
+
+def test_calibration_says_what_thresholds_find(room: Path, planted: Path, tmp_path: Path) -> None:
+    report = filter_safety.filter_safety(
+        planted, tmp_path / "out", room / "policy.yaml", labels="json.planted != ''", max_false_positives=0.02
+    )
+    chosen = report["calibration"]["sign"]["chosen"]
+    assert chosen["recall"] >= 2 / 3  # the prompt's third is not for images to find
+    assert chosen["recall"] <= 0.75
+    assert chosen["false_positives"] <= 0.02
+    assert report["calibration"]["words"]["chosen"]["recall"] == pytest.approx(1 / 3)
+    assert report["calibration"]["policy"]["recall"] >= 0.98
+    assert report["calibration"]["policy"]["false_positives"] <= 0.02
+
+
+def test_a_scorer_that_fails_on_a_sample_quarantines_it(tmp_path: Path) -> None:
+    """Whatever the rule's policy: an image that does not decode, an expression that cannot be worked out."""
+    source = write_planted(tmp_path / "source", [""] * 6, 1, seed=4)
+    where = ShardIndex.open(source).location(2)
+    overwrite(where.shard, where.target.offset + where.target.size // 2, bytes(where.target.size // 2))
+    (tmp_path / "words.txt").write_text(f"{PHRASE}\n")
+    words = "{name: words, kind: words, list: words.txt, policy: drop}"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"name: words\nrules:\n  - {words}\n")
+    report = filter_safety.filter_safety(source, tmp_path / "one", policy)
+    assert (report["kept"], report["quarantined"], report["unreadable"]) == (5, 1, 1)
+    assert [line["key"] for line in lines(tmp_path / "one" / "quarantine.jsonl")] == [where.key]
+    order = "{name: order, kind: metadata, where: json.planted > 1, policy: report}"  # text above a number
+    policy.write_text(f"name: words\nrules:\n  - {words}\n  - {order}\n")
+    with pytest.raises(ValueError, match="nothing is kept"):
+        filter_safety.filter_safety(source, tmp_path / "two", policy)
+
+
+def test_an_interrupted_run_goes_on_and_a_changed_policy_starts_anew(
+    room: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "words.yaml"
+    shutil.copy(room / "words.txt", tmp_path / "words.txt")
+    policy.write_text("name: words\nrules:\n  - {name: words, kind: words, list: words.txt, policy: drop}\n")
+    whole = filter_safety._filter
+    done = list[str]()
+
+    def once(given: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise OSError("killed")
+        done.append(given.source.name)
+        return whole(given)
+
+    monkeypatch.setattr(filter_safety, "_filter", once)
+    with pytest.raises(OSError, match="killed"):
+        filter_safety.filter_safety(planted, tmp_path / "out", policy)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(filter_safety, "_filter", lambda given: done.append(given.source.name) or whole(given))
+    filter_safety.filter_safety(planted, tmp_path / "out", policy)
+    assert done == ["000.tar", "001.tar", "002.tar"]
+    monkeypatch.setattr(filter_safety, "_filter", whole)
+    filter_safety.filter_safety(planted, tmp_path / "two", policy, processes=2)
+    for name in ("000.tar", "audit.jsonl", "safety.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_training_takes_only_data_that_passed_the_filter(filtered: Path, planted: Path, tmp_path: Path) -> None:
+    def opened(folder: Path, required: str) -> Any:
+        return open_sources(DataConfig(train=str(folder), require_safety_filter=required), 16, 0)
+
+    digest = json.loads((filtered / "safety.json").read_text())["digest"]
+    assert opened(filtered, "no-signs")
+    assert opened(filtered, f"no-signs@{digest[:12]}")
+    with pytest.raises(ConfigError, match=r"data\.train=.*passed no safety filter, and .*no-signs"):
+        opened(planted, "no-signs")
+    with pytest.raises(ConfigError, match=r"passed no-signs@.*, and data\.require_safety_filter=other"):
+        opened(filtered, "other")
+    with pytest.raises(ConfigError, match="passed no-signs@"):
+        opened(filtered, "no-signs@000000000000")
+    # What is made of filtered shards has passed too; a shard that is put beside them has not.
+    filter_shards.filter_shards(filtered, tmp_path / "half", ["contexts == 1"])
+    assert opened(tmp_path / "half", f"no-signs@{digest}")
+    shutil.copy(planted / "000.tar", tmp_path / "half" / "stranger.tar")
+    with pytest.raises(ValueError, match=r"shard stranger\.tar is not as the safety filter left it"):
+        build_index(tmp_path / "half")
+
+
+def test_encoded_shards_keep_what_they_passed(room: Path, tmp_path: Path) -> None:
+    source = write_planted(tmp_path / "source", [""] * 3, 1, seed=5)
+    policy = room / "only_words.yaml"
+    policy.write_text("name: words\nrules:\n  - {name: words, kind: words, list: words.txt, policy: drop}\n")
+    filter_safety.filter_safety(source, tmp_path / "safe", policy)
+    encoders = EncodersConfig(str(ENCODERS), 12)
+    encode_shards.encode_shards(tmp_path / "safe", tmp_path / "encoded", encoders, DataConfig(), t5=False, processes=0)
+    passed = ShardIndex.open(tmp_path / "safe").safety_filter
+    assert passed is not None
+    assert passed["name"] == "words"
+    assert ShardIndex.open(tmp_path / "encoded").safety_filter == passed
+    with pytest.raises(ValueError, match="holds encoded shards"):
+        filter_safety.filter_safety(tmp_path / "encoded", tmp_path / "again", policy)
+
+
+def test_a_probe_reads_prompts_too(room: Path, tmp_path: Path) -> None:
+    labelled = write_planted(tmp_path / "labelled", ["prompt" if i % 2 else "" for i in range(60)], 1, seed=6)
+    labels = "json.planted == 'prompt'"
+    report = train_probe.train_probe(labelled, room / "clip", "prompt", labels, tmp_path / "text.probe")
+    assert report["chosen"]["recall"] >= 0.98
+    assert report["chosen"]["false_positives"] <= 0.02
+    with pytest.raises(ValueError, match="Both classes are needed"):
+        train_probe.train_probe(labelled, room / "clip", "prompt", "len(prompt) > 0", tmp_path / "none.probe")
+
+
+def test_what_shows_through_transparency_is_judged_and_labels_must_be_there(room: Path, tmp_path: Path) -> None:
+    """A picture whose colours are black and whose transparency draws the sign: training would see it on white."""
+    rng = np.random.default_rng(0)
+    hidden = Image.new("RGBA", (64, 64))
+    hidden.putalpha(with_sign(Image.new("RGB", (64, 64)), rng).convert("L").point(lambda v: 255 if v > 0 else 0))
+    (tmp_path / "source").mkdir()
+    members = sample(rng, "")
+    file = io.BytesIO()
+    hidden.save(file, "PNG")
+    write_shard(tmp_path / "source" / "0.tar", [("a", {**members, "target.png": file.getvalue()}), ("b", members)])
+    build_index(tmp_path / "source")
+    shown = Image.new("RGB", hidden.size, (255, 255, 255))
+    shown.paste(hidden, mask=hidden)
+    (tmp_path / "hashes.txt").write_text(f"{perceptual_hash(shown):016x}\n")
+    policy = tmp_path / "policy.yaml"
+    rule = "{name: known, kind: image_hash, list: hashes.txt, distance: 0, policy: drop}"
+    policy.write_text(f"name: hashes\nrules:\n  - {rule}\n")
+    report = filter_safety.filter_safety(tmp_path / "source", tmp_path / "out", policy)
+    assert (report["kept"], report["dropped"]) == (1, 1)
+    with pytest.raises(ValueError, match=r"0\.tar: a: has no label \(unsafe\)"):
+        filter_safety.filter_safety(tmp_path / "source", tmp_path / "two", policy, labels="json.unsafe == 1")

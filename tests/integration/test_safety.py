@@ -1,0 +1,170 @@
+"""The safety stage as a run: sharded it is what it is whole, with all weights and with adapters; and the gate."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kontext_train.config import TrainConfig, check
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.trained import load_model, read_config, resolve
+from kontext_train.flow.config import SamplerConfig
+from kontext_train.safety.hashes import perceptual_hash
+from kontext_train.sample import Blocked, SampleConfig, main, sample
+from quickstart.make_dataset import to_png
+from tests.integration.test_train import largest_difference, losses
+from tests.models.flux_cases import random_flux
+from tests.runs import run, small_config
+
+ADAPTERS = ("lora.rank=2", "lora.base_dtype=float32", "optimizer.lr=3e-3")
+
+
+@pytest.fixture(scope="module")
+def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network whose every weight is random, as a released file; beside it, a list of concepts."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    save_file(random_flux(small_config(shards, folder).model).state_dict(), folder / "base.safetensors")
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(to_png(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)))
+    concepts = [
+        {"prompt": "make the blue circle red", "anchor": "make the blue circle cyan", "context": ["a.png"]},
+        {"prompt": "make the green circle red", "context": ["b.png", "a.png"]},
+        {"prompt": "a red circle on gray", "height": 32, "width": 32},
+    ]
+    (folder / "concepts.jsonl").write_text("".join(json.dumps(concept) + "\n" for concept in concepts))
+    return folder / "base.safetensors"
+
+
+def safety_config(shards: Path, base: Path, folder: Path, *options: str) -> TrainConfig:
+    own = ("stage=safety", f"weights.student={base}", f"objective.concepts={base.parent}/concepts.jsonl")
+    own += ("objective.context_budget=0.1", "objective.attack_steps=2", "weights.frozen_dtype=float32", "run.steps=2")
+    return small_config(shards, folder, *own, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ADAPTERS], ids=["all-weights", "adapters"])
+def test_two_processes_equal_one(shards: Path, base: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Also the ascent: its gradients come through the sharded student."""
+    run(safety_config(shards, base, tmp_path / "one", "run.microbatches=2", *options))
+    run(safety_config(shards, base, tmp_path / "two", *options), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (weights_of(tmp_path / name) for name in ("one", "two"))
+    assert largest_difference(two, one) <= 1e-5
+    assert largest_difference(one, load_file(base)) > 1e-4, "nothing was trained"
+    first = losses(tmp_path / "one")[0]
+    run(safety_config(shards, base, tmp_path / "calm", "objective.attack_steps=0", "run.microbatches=2", "run.steps=1"))
+    assert losses(tmp_path / "calm")[0] != pytest.approx(first, rel=1e-3), "the attack did nothing"
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    path = resolve(run_dir)
+    return dict(load_model(path, read_config(path), ema=False).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"anchor": "x"}', "line 1 must be an object with a string prompt"),
+        ('{"prompt": "x"}', "line 1 must have height and width"),
+        ('{"prompt": "x", "context": ["no.png"]}', "line 1 names .*no.png, which is no file"),
+        ('{"prompt": "x", "hight": 3}', "line 1 has 'hight', which is no field"),
+        ("", "holds no concept"),
+    ],
+)
+def test_a_bad_list_is_refused_before_anything_starts(
+    shards: Path, base: Path, tmp_path: Path, line: str, told: str
+) -> None:
+    (tmp_path / "list.jsonl").write_text(line + "\n")
+    config = safety_config(shards, base, tmp_path, f"objective.concepts={tmp_path}/list.jsonl")
+    with pytest.raises(ConfigError, match=rf"objective\.concepts=.*{told}"):
+        check(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("objective.concepts=null", r"objective\.concepts=None: must be a file of concepts"),
+        ("weights.reference=null", r"weights\.reference=None: must be given"),
+        ("objective.text_budget=-1", r"objective\.text_budget=-1\.0: must not be negative"),
+        ("parallel.cp=2", r"parallel\.cp=2: gives each rank a share"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(shards: Path, base: Path, tmp_path: Path, option: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(safety_config(shards, base, tmp_path, option), 2 if "cp" in option else 1)
+
+
+# The gate -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_run(shards: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gate")
+    run(safety_config(shards, base, folder, "run.steps=1"))
+    return folder
+
+
+def policy(folder: Path, *rules: str) -> str:
+    (folder / "words.txt").write_text("red circle\n")
+    (folder / "policy.yaml").write_text("name: p\nrules:\n" + "".join(f"  - {rule}\n" for rule in rules))
+    return str(folder / "policy.yaml")
+
+
+def test_the_gate_stops_prompts_images_and_results(
+    trained_run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context, out = str(base.parent / "a.png"), tmp_path / "out.png"
+
+    def made(prompt: str, gate: str | None, context: str = context) -> Path:
+        out.unlink(missing_ok=True)
+        options = {"out": str(out), "sampler": SamplerConfig(steps=2), "gate": gate}
+        sample(SampleConfig(str(trained_run), [prompt], [context], **options))  # type: ignore[arg-type]
+        return out
+
+    words = policy(tmp_path, "{name: asked, kind: words, list: words.txt, policy: quarantine}")
+    assert made("make it blue", words).is_file()
+    with pytest.raises(Blocked, match=r"prompt, by rule asked of .*policy\.yaml"):
+        made("a Red  circle please", words)
+    assert not out.exists()
+
+    def listed(image: str | Path) -> str:
+        own = perceptual_hash(Image.open(image).convert("RGB"))
+        (tmp_path / "hashes.txt").write_text(f"{own:016x}\n")
+        return policy(tmp_path, "{name: known, kind: image_hash, list: hashes.txt, distance: 2, policy: drop}")
+
+    with pytest.raises(Blocked, match=r"context image .*a\.png, by rule known"):
+        made("make it blue", listed(context))
+    assert made("make it blue", listed(context), str(base.parent / "b.png")).is_file()
+    result = listed(made("make it blue", None))
+    with pytest.raises(Blocked, match="result of 'make it blue', by rule known"):
+        made("make it blue", result)
+    assert not out.exists()
+
+    arguments = [f"checkpoint={trained_run}", "prompt=a red circle", f"gate={words}", f"out={out}"]
+    policy(tmp_path, "{name: asked, kind: words, list: words.txt, policy: drop}")
+    monkeypatch.setattr("sys.argv", ["kontext-sample", *arguments])
+    with pytest.raises(SystemExit, match="3"):
+        main()
+    assert "by rule asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_result_says_that_a_model_made_it(trained_run: Path, tmp_path: Path, suffix: str) -> None:
+    def description(**options: bool) -> str:
+        out = tmp_path / f"out.{suffix}"
+        config = SampleConfig(
+            str(trained_run), ["one"], out=str(out), height=32, width=32, sampler=SamplerConfig(steps=1), **options
+        )
+        sample(config)
+        with Image.open(out) as image:
+            return str(image.info.get("xmp"))
+
+    assert "digitalsourcetype/trainedAlgorithmicMedia" in description()
+    assert "digitalsourcetype" not in description(provenance=False)

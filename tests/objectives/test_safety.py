@@ -1,0 +1,124 @@
+"""The attack stays in its ball and finds something; the loss is the one that the paper's formulas say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kontext_train.data.batch import PackedBatch
+from kontext_train.flow.config import ShiftConfig
+from kontext_train.models.kontext import Conditioning, predict_velocity
+from kontext_train.models.sequence import SampleShape, build_layout
+from kontext_train.objectives.concepts import ConceptBank, EncodedConcept
+from kontext_train.objectives.conditioning_attack import Budget, attacked
+from kontext_train.objectives.config import SafetyConfig
+from kontext_train.objectives.safety import Safety
+from kontext_train.randomness import VisitRandom
+from tests.models.flux_cases import random_flux
+from tests.runs import small_config
+
+RANDOM, VISITS = VisitRandom(0), [7, 8]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return random_flux(small_config(Path(), Path()).model)
+
+
+def conditioning() -> Conditioning:
+    torch.manual_seed(1)
+    layout = build_layout([SampleShape(12, (2, 2), ((2, 3),)), SampleShape(12, (2, 3))])
+    return Conditioning(torch.randn(24, 64), torch.randn(2, 64), torch.randn(6, 64), layout)
+
+
+def distance(model: torch.nn.Module, cond: Conditioning, wanted: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return (predict_velocity(model, z, torch.full((2,), 0.9), cond) - wanted).square().sum()
+
+
+def test_the_attack_stays_within_its_budget_and_gains_with_steps(model: torch.nn.Module) -> None:
+    cond, budget = conditioning(), Budget(0.3, 0.2, 0.1)
+    z, wanted = torch.randn(10, 64), torch.randn(10, 64)
+    found = {}
+    for steps in (0, 2, 10):
+        told = attacked(lambda c: distance(model, c, wanted, z), cond, budget, steps, RANDOM, VISITS)
+        for part, allowed in (("txt_TE", 0.3), ("vec_SP", 0.2), ("context_KC", 0.1)):
+            clean, moved = getattr(cond, part), getattr(told, part)
+            share = (moved - clean).norm(dim=1) / clean.norm(dim=1)
+            assert share.max() <= allowed * (1 + 1e-5)
+            assert share.min() > 0
+            assert not moved.requires_grad
+        found[steps] = float(distance(model, told, wanted, z).detach())
+    assert found[10] < found[2] < found[0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_has_no_budget_stays_as_it_is_and_samples_do_not_disturb_each_other(model: torch.nn.Module) -> None:
+    cond, z, wanted = conditioning(), torch.randn(10, 64), torch.randn(10, 64)
+    told = attacked(lambda c: distance(model, c, wanted, z), cond, Budget(0.3, 0, 0), 3, RANDOM, VISITS)
+    assert torch.equal(told.vec_SP, cond.vec_SP)
+    assert torch.equal(told.context_KC, cond.context_KC)
+    other = wanted.clone()
+    other[4:] = 5.0  # the second sample's
+    again = attacked(lambda c: distance(model, c, other, z), cond, Budget(0.3, 0, 0), 3, RANDOM, VISITS)
+    torch.testing.assert_close(again.txt_TE[:12], told.txt_TE[:12])
+    assert not torch.allclose(again.txt_TE[12:], told.txt_TE[12:])
+
+
+def stage(model: torch.nn.Module, reference: torch.nn.Module, **options: float) -> Safety:
+    cond, encoded = conditioning(), []
+    for i, shape in enumerate(cond.layout.shapes):
+        context = cond.context_KC if shape.contexts else cond.context_KC[:0]
+        encoded.append(EncodedConcept(shape, torch.randn(2, 12, 64), torch.randn(2, 64), context, turned=i == 1))
+    config = SafetyConfig(concepts="list", **options)  # type: ignore[arg-type]
+    return Safety(model, reference, ConceptBank(encoded, torch.device("cpu")), config, ShiftConfig())
+
+
+def batch() -> PackedBatch:
+    return PackedBatch(torch.randn(10, 64), conditioning(), VISITS, torch.full((2,), 0.5), ["", ""])
+
+
+def test_a_student_that_is_the_reference_keeps_everything_and_has_the_concept(model: torch.nn.Module) -> None:
+    loss = stage(model, model, attack_steps=0).loss("student", batch(), RANDOM, 0)
+    assert loss.metrics["retain"] == 0
+    assert loss.metrics["distance_to_concept"] == 0
+    assert loss.metrics["suppress"] == pytest.approx(float(loss.metrics["distance_of_anchor"]))
+    assert loss.metrics["suppress"] > 0
+
+
+def test_the_anchor_is_the_prompt_given_or_the_concept_turned_round(model: torch.nn.Module) -> None:
+    """Worked out once more, concept by concept: the target of the second is v(∅) - η (v(c) - v(∅))."""
+    torch.manual_seed(3)
+    other = random_flux(model.config)  # type: ignore[attr-defined]
+    safety = stage(other, model, attack_steps=0, negative_guidance=2.0)
+    revival = safety._revive(batch(), RANDOM)
+    pack = safety.concepts.pack(VISITS, RANDOM)
+    anchor = replace(revival.cond, txt_TE=pack.anchor.txt_TE, vec_SP=pack.anchor.vec_SP)
+    with torch.no_grad():
+        to_concept = predict_velocity(model, revival.z_MC, revival.t_S, revival.cond)
+        to_anchor = predict_velocity(model, revival.z_MC, revival.t_S, anchor)
+    turned = pack.turned_S[pack.concept.layout.sample_of_target_M][:, None]
+    expected = torch.where(turned, 3 * to_anchor - 2 * to_concept, to_anchor)
+    torch.testing.assert_close(revival.benign_MC, expected)
+    loss = safety.loss("student", batch(), RANDOM, 0)
+    error = predict_velocity(other, revival.z_MC, revival.t_S, revival.cond) - expected
+    means = [part.square().mean() for part in error.split(pack.concept.layout.target_lengths)]
+    assert loss.metrics["suppress"] == pytest.approx(float(sum(means) / 2), rel=1e-5)
+
+
+def test_gradients_reach_the_student_alone_and_not_through_the_attack(model: torch.nn.Module) -> None:
+    torch.manual_seed(3)
+    student = random_flux(model.config)  # type: ignore[attr-defined]
+    safety = stage(student, model, attack_steps=2, context_budget=0.1)
+    torch.manual_seed(4)
+    given = batch()
+    safety.loss("student", given, RANDOM, 0).value.backward()
+    found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    revival = safety._revive(given, RANDOM)  # as a constant
+    safety._revive = lambda *_: revival  # type: ignore[method-assign]
+    student.zero_grad()
+    safety.loss("student", given, RANDOM, 0).value.backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.grad, found[name], msg=name)

@@ -1,0 +1,185 @@
+"""Policies: what is wrong with one is said by key; what a rule says holds, of lists, hashes, heads and combinations."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kontext_train.errors import ConfigError
+from kontext_train.safety.clip import ImageTower, TextTower
+from kontext_train.safety.hashes import HashList, perceptual_hash
+from kontext_train.safety.heads import Head, clip_digest, operating_point, save_head
+from kontext_train.safety.judge import Judge, Subject, rules_digest
+from kontext_train.safety.rules import read_rules
+from kontext_train.safety.words import WordList
+from tests.safety.planted import picture, write_clip
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    room = tmp_path_factory.mktemp("room")
+    write_clip(room / "clip")
+    (room / "words.txt").write_text("bad\n")
+    (room / "hashes.txt").write_text("0123456789abcdef\n")
+    own = clip_digest(room / "clip")
+    save_head(room / "image.probe", Head("image", own, 0.6, torch.zeros(128), 0.0, None))  # every score is 0.5
+    save_head(room / "text.probe", Head("text", own, 0.6, torch.zeros(128), 0.0, None))
+    save_head(room / "open.probe", Head("image", own, None, torch.zeros(128), 0.0, None))
+    save_head(room / "broken.probe", Head("image", own, 0.6, torch.full((128,), float("nan")), 0.0, None))
+    save_head(room / "other.probe", Head("image", "other", 0.6, torch.zeros(128), 0.0, None))
+    return room
+
+
+def judge(room: Path, *rules: str) -> Judge:
+    (room / "policy.yaml").write_text("name: p\nrules:\n" + "".join(f"  - {rule}\n" for rule in rules))
+    return Judge(read_rules(room / "policy.yaml"), CPU)
+
+
+WORDS = "{name: w, kind: words, list: words.txt, policy: drop}"
+IMAGE = "{name: i, kind: clip_image, clip: clip, head: image.probe, policy: drop}"
+TEXT = "{name: t, kind: clip_text, clip: clip, head: text.probe, policy: drop}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("{name: w, kind: wrods, policy: drop}", r"rules\.rules\[0\]\.kind='wrods': is not known"),
+        ("{name: w, kind: words, list: words.txt, policy: shred}", r"policy='shred': is not known"),
+        ("{name: w, kind: words, policy: drop}", r"list=None: must be given for kind=words"),
+        ("{name: w, kind: words, list: no.txt, policy: drop}", r"list='no\.txt': must exist"),
+        ("{name: w, kind: words, list: words.txt, threshold: 1, policy: drop}", "threshold=1: has no effect"),
+        ("{name: h, kind: image_hash, list: hashes.txt, distance: 40, policy: drop}", "distance=40: must be 0 to 16"),
+        ("{name: h, kind: image_hash, list: words.txt, distance: 2, policy: drop}", "'bad' is no 64-bit hash"),
+        (IMAGE.replace("head", "parts: [prompt], head"), "parts='prompt': is no kind of image"),
+        (IMAGE.replace("image.probe", "text.probe"), "reads text features"),
+        (IMAGE.replace("image.probe", "other.probe"), "belongs to other weights than"),
+        (IMAGE.replace("image.probe", "open.probe"), r"threshold=None: must be given: its head was not calibrated"),
+        (IMAGE.replace("image.probe", "words.txt"), "is no head of train_probe"),
+        (
+            "{name: c, kind: combination, of: [i, t], threshold: 1, policy: drop}",
+            "must name at least two rules above it",
+        ),
+    ],
+)
+def test_a_bad_policy_is_refused_by_key(room: Path, rule: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        judge(room, rule)
+
+
+def test_names_are_used_once(room: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rules\[1\]\.name='w': must be a name that no other rule has"):
+        judge(room, WORDS, WORDS)
+
+
+def test_words_are_whole_words_and_hide_in_no_spelling(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("# comment\n\nred circle\nre:colou?r(ed)? round\n")
+    words = WordList(tmp_path / "list")
+    for text in ("a RED  circle!", "ｒｅｄ circle", "a Coloured round thing"):
+        assert words.matches(text), text
+    for text in ("a red circlet", "red and circle", "hundred circles", ""):
+        assert not words.matches(text), text
+    (tmp_path / "list").write_text("re:(\n")
+    with pytest.raises(ValueError, match=r"line 1: 're:.*' is not a regular expression"):
+        WordList(tmp_path / "list")
+
+
+def test_hash_lists_find_resized_copies_and_no_other_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    known, *others = [picture(rng).resize((64, 64)) for _ in range(40)]
+    own = perceptual_hash(known)
+    for content in (f"# list\n{own:016X}\n", f"name,phash\nx,{own:016x}\n", f"0x{own:016x}\n"):
+        (tmp_path / "list").write_text(content)
+        hashes = HashList(tmp_path / "list")
+        assert hashes.distance(own) == 0
+        smaller = perceptual_hash(known.resize((48, 48), Image.Resampling.LANCZOS))
+        assert smaller is not None
+        assert hashes.distance(smaller) <= 6
+    found = [perceptual_hash(other) for other in others]
+    assert np.mean([hashes.distance(h) <= 6 for h in found if h is not None]) <= 0.05
+    (tmp_path / "list").write_text("name,md5\nx,y\n")
+    with pytest.raises(ValueError, match="one must be phash or hash"):
+        HashList(tmp_path / "list")
+
+
+def test_combined_scores_are_those_of_either(room: Path) -> None:
+    """Three parts of 0.5 each: 1 - 0.5^3; no rule alone reaches its threshold."""
+    combined = "{name: c, kind: combination, of: [i, t], threshold: 0.87, policy: drop}"
+    image = Image.new("RGB", (32, 32), (200, 0, 0))
+    subject = Subject("a prompt", {"target": image, "context.0": image})
+    (verdict,) = judge(room, IMAGE, TEXT, combined).judge([subject])
+    assert [(f.rule, f.part, f.score) for f in verdict.findings] == [("c", "sample", 0.875)]
+    (verdict,) = judge(room, IMAGE, TEXT, combined).judge([Subject("a prompt", {"target": image})])
+    assert verdict.findings == []
+
+
+def test_a_scorer_that_fails_blocks_and_spares_its_neighbours(room: Path) -> None:
+    image = Image.new("RGB", (32, 32))
+    rule = IMAGE.replace("policy: drop", "policy: report").replace("image.probe", "broken.probe")
+    with_image, without = judge(room, rule).judge([Subject("x", {"target": image}), Subject("x", {})])
+    found = with_image.blocking()
+    assert found is not None
+    assert (found.policy.value, found.score) == ("quarantine", None)
+    assert "not finite" in found.reason
+    assert without.findings == []
+
+
+def test_a_policy_is_named_by_what_it_decides_by(room: Path) -> None:
+    def digest(*rules: str) -> str:
+        judge(room, *rules)
+        return rules_digest(read_rules(room / "policy.yaml"))
+
+    first = digest(WORDS, IMAGE)
+    assert digest(WORDS, IMAGE) == first
+    assert digest(WORDS, IMAGE.replace("drop", "report")) != first
+    (room / "words.txt").write_text("bad\nworse\n")
+    assert digest(WORDS, IMAGE) != first
+    (room / "words.txt").write_text("bad\n")
+
+
+def test_towers_equal_transformers_and_see_the_ends_of_a_wide_picture(room: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    image = picture(np.random.default_rng(1)).resize((32, 32))
+    model = CLIPModel.from_pretrained(room / "clip").eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    with torch.no_grad():
+        vision = model.vision_model(processor(image, return_tensors="pt")["pixel_values"]).pooler_output
+        theirs = torch.nn.functional.normalize(model.visual_projection(vision), dim=1)
+    tower = ImageTower(room / "clip", CPU)
+    (ours,) = tower.features([image])
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    wide = Image.new("RGB", (96, 32))
+    wide.paste(image, (64, 0))
+    (parts,) = tower.features([wide])
+    assert parts.shape == (3, 128)
+    torch.testing.assert_close(parts[2:], theirs, atol=1e-4, rtol=0)
+
+
+def test_long_texts_are_read_to_their_end(room: Path) -> None:
+    tower = TextTower(room / "clip", CPU)
+    short, long = tower.features(["red", "red circle on gray " * 30])
+    assert len(short) == 1
+    assert len(long) > 1
+
+
+def test_a_folder_without_the_projection_is_refused(room: Path, tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    options = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**options, image_size=32, patch_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks visual_projection"):
+        ImageTower(tmp_path, CPU)
+
+
+def test_operating_points_are_counted() -> None:
+    scores, labels = [0.9, 0.8, 0.7, 0.4, 0.6, 0.3, 0.2, 0.1], [True, True, True, True, False, False, False, False]
+    strict, loose = (operating_point(scores, labels, share) for share in (0.0, 0.25))
+    assert (strict.recall, strict.false_positives, strict.precision) == (0.75, 0.0, 1.0)
+    assert strict.threshold == pytest.approx(0.65)
+    assert (loose.recall, loose.false_positives, loose.precision) == (1.0, 0.25, 0.8)
+    with pytest.raises(ValueError, match="Both classes are needed"):
+        operating_point(scores, [True] * 8, 0.1)
