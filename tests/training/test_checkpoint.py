@@ -249,9 +249,10 @@ def test_where_nothing_else_is_whole_it_is_refused_by_name(saved: Path, tmp_path
     for path in complete_checkpoints(folder):
         flip(path / ".metadata")
     given = resume if resume == "auto" else str(folder / resume)
+    own = folder if resume == "auto" else tmp_path / "another run"
     last = "step_00000002" if resume == "auto" else resume
     with tiny_run(), pytest.raises(ConfigError, match=rf"run\.resume=.*{last} is damaged: \.metadata has other bytes"):
-        newest_whole(given, find_resume(given, folder))
+        newest_whole(given, find_resume(given, own))
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------
