@@ -42,14 +42,16 @@ class Host:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head", help="HOST:PORT where all nodes meet; without it there is one node")
+    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--ranks", type=int, help="ranks on this host; without it one for each GPU, or one")
+    parser.add_argument("--gpus", type=int, help="that this host must have; without it any number will do")
     given = parser.parse_args()
     host = Host()
     devices = visible_devices(host, os.environ)
     ranks = given.ranks or max(1, devices)
     if given.head:
-        check_meeting_point(host, given.head, os.environ.get("SLURM_NODEID"))
-    check_devices(host, ranks, devices)
+        check_meeting_point(host, given.head, given.nodes, os.environ.get("SLURM_NODEID"))
+    check_devices(host, ranks, devices, given.gpus)
     check_limits(host, infiniband_devices(), resource.getrlimit)
     check_shared_memory(host, ranks, shutil.disk_usage("/dev/shm").free)
     check_clock(host, Path.cwd())
@@ -69,7 +71,7 @@ def main() -> None:
 # -- the network ---------------------------------------------------------------------------------------------------
 
 
-def check_meeting_point(host: Host, head: str, slurm_node: str | None) -> None:
+def check_meeting_point(host: Host, head: str, nodes: int, slurm_node: str | None) -> None:
     """Fills address, interface and is_head. slurm_node: SLURM_NODEID, which decides who the head is where it is set."""
     name, _, port = head.rpartition(":")
     if not name or not port.isdigit() or not 0 < int(port) < 65536:
@@ -79,6 +81,9 @@ def check_meeting_point(host: Host, head: str, slurm_node: str | None) -> None:
         head_address = socket.getaddrinfo(name, int(port), socket.AF_INET)[0][4][0]
     except OSError as error:
         host.errors.append(f"HEAD={head}: the name does not resolve ({error}). Give an address, or correct /etc/hosts")
+        return
+    if nodes > 1 and head_address.startswith("127.") and name != head_address:
+        host.errors.append(f"HEAD={head}: {name} is {head_address} on this host (/etc/hosts): give its address")
         return
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -128,9 +133,13 @@ def interface_of(address: str) -> str:
 
 
 def check_nccl(host: Host, env: Mapping[str, str], interfaces: list[str], infiniband: list[str]) -> None:
-    for key in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        if key in env and not _matching(env[key], interfaces):
-            host.errors.append(f"{key}={env[key]} fits no interface of this host ({', '.join(interfaces)})")
+    wanted = env.get("NCCL_SOCKET_IFNAME")
+    if wanted is not None and not _matching(wanted, interfaces):
+        host.errors.append(f"NCCL_SOCKET_IFNAME={wanted} fits no interface of this host ({', '.join(interfaces)})")
+    wanted = env.get("GLOO_SOCKET_IFNAME")  # whole names, unlike NCCL's
+    if wanted and not set(wanted.split(",")) <= set(interfaces):
+        rule = f"must name interfaces of this host ({', '.join(interfaces)}) in full, with commas between"
+        host.errors.append(f"GLOO_SOCKET_IFNAME={wanted} {rule}")
     ib_off = env.get("NCCL_IB_DISABLE", "0") == "1"
     if "NCCL_IB_HCA" in env and not ib_off and not _matching(env["NCCL_IB_HCA"], infiniband):
         found = ", ".join(infiniband) or "none"
@@ -173,8 +182,13 @@ def visible_devices(host: Host, env: Mapping[str, str], dev: Path = Path("/dev")
     return len(named)
 
 
-def check_devices(host: Host, ranks: int, devices: int) -> None:
-    if devices and ranks > devices:
+def check_devices(host: Host, ranks: int, devices: int, gpus: int | None) -> None:
+    """gpus: that there must be, if that is known."""
+    if gpus is not None and devices < gpus:
+        host.errors.append(f"{gpus} GPUs were asked for, and {devices} are visible (CUDA_VISIBLE_DEVICES, /dev)")
+    elif gpus is None and devices == 0 and ranks > 1:
+        host.warnings.append(f"no GPU is visible (CUDA_VISIBLE_DEVICES, /dev): {ranks} ranks will train on the CPU")
+    elif devices and ranks > devices:
         host.errors.append(f"{ranks} ranks need as many GPUs, and {devices} are visible (CUDA_VISIBLE_DEVICES, /dev)")
     elif ranks < devices:
         host.warnings.append(f"{devices} GPUs are visible and only {ranks} ranks use them")

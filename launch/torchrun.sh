@@ -3,6 +3,7 @@
 #   one node:   RANKS=8 bash launch/torchrun.sh ...                         RANKS: on this node; as many as it has GPUs
 #   many:       NODES=4 HEAD=node1:29400 bash launch/torchrun.sh ...        the same command on every node
 # MAX_RESTARTS=2  times that ranks are started again, from the newest checkpoint, after one of them failed
+# GPUS=8          that this host must have; without it any number will do
 # RUN_ID          of these nodes among others that may meet at HEAD
 # FROZEN_S=60     that torchrun may fail to notice the end of its ranks, as it does when the head is out of reach
 # Exit status 75: a signal asked it to stop, it has saved, and the same command goes on. Another one: it failed.
@@ -15,7 +16,7 @@ if [ "$NODES" != 1 ] && [ -z "${HEAD:-}" ]; then
   echo "launch: $(hostname): NODES=$NODES needs HEAD=HOST:PORT, where they meet: the same on each" >&2
   exit 2
 fi
-found=$("$PYTHON" "$HERE/check_host.py" ${HEAD:+--head "$HEAD"} ${RANKS:+--ranks "$RANKS"})
+found=$("$PYTHON" "$HERE/check_host.py" --nodes "$NODES" ${HEAD:+--head "$HEAD"} ${RANKS:+--ranks "$RANKS"} ${GPUS:+--gpus "$GPUS"})
 eval "$found"  # IS_HEAD ADDRESS INTERFACE RANKS
 
 if [ "$NODES" != 1 ]; then  # gloo, which carries what is not on a GPU, would take what the host's name resolves to

@@ -2,7 +2,7 @@
 
 run.dir/launch/0001/   code/                the packages as they were
                        commit.txt           of git, and what differed from it
-                       settings.sh          ranks, restarts, Python; then the environment file
+                       settings.sh          ranks, GPUs, restarts, Python; then the environment file
                        jobs/NAME/           one for each job of Slurm's
                            run_dir          where it trains
                            checkpoints      where it saves

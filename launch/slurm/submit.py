@@ -123,6 +123,7 @@ def submit(request: Request) -> None:
             "PATH", os.environ.get("PATH"), "has no sbatch", "Submit on a login node; --dry-run needs none"
         )
     settings = {"PYTHON": sys.executable, "RANKS": str(request.ranks), "MAX_RESTARTS": str(request.max_restarts)}
+    settings["GPUS"] = str(request.gpus if request.cpu_ranks is None else 0)
     submission = create(root, jobs, settings, request.env)
     if request.multirun:
         _submit_array(submission, jobs, request)

@@ -56,18 +56,18 @@ def limits(files: int, locked: int) -> Callable[[int], tuple[int, int]]:
 @pytest.mark.parametrize(
     ("check", "error"),
     [
-        (lambda h: check_host.check_meeting_point(h, "node1", None), "HEAD=node1 must be HOST:PORT"),
-        (lambda h: check_host.check_meeting_point(h, "node1:99999", None), "HEAD=node1:99999 must be HOST:PORT"),
-        (lambda h: check_host.check_meeting_point(h, "a.invalid:1234", None), "the name does not resolve"),
-        (lambda h: check_host.check_devices(h, 8, 4), "8 ranks need as many GPUs, and 4 are visible"),
+        (lambda h: check_host.check_meeting_point(h, "node1", 1, None), "HEAD=node1 must be HOST:PORT"),
+        (lambda h: check_host.check_meeting_point(h, "node1:99999", 1, None), "HEAD=node1:99999 must be HOST:PORT"),
+        (lambda h: check_host.check_meeting_point(h, "a.invalid:1234", 1, None), "the name does not resolve"),
+        (lambda h: check_host.check_meeting_point(h, "localhost:1234", 2, "0"), "localhost is 127.0.0.1 on this host"),
+        (lambda h: check_host.check_devices(h, 8, 4, None), "8 ranks need as many GPUs, and 4 are visible"),
+        (lambda h: check_host.check_devices(h, 8, 0, 8), "8 GPUs were asked for, and 0 are visible"),
         (lambda h: check_host.check_limits(h, [], limits(1024, -1)), "ulimit -n is 1024 and must be at least 4096"),
         (lambda h: check_host.check_limits(h, ["mlx5_0"], limits(-1, 65536)), "ulimit -l is 65536 bytes and must be"),
         (lambda h: check_host.check_shared_memory(h, 8, 64 * MIB), "/dev/shm has 64 MiB free and 8 ranks need 2048"),
         (lambda h: check_host.check_nccl(h, {"NCCL_SOCKET_IFNAME": "en"}, INTERFACES, []), "fits no interface of this"),
-        (
-            lambda h: check_host.check_nccl(h, {"GLOO_SOCKET_IFNAME": "=ib"}, INTERFACES, []),
-            "fits no interface of this",
-        ),
+        (lambda h: check_host.check_nccl(h, {"GLOO_SOCKET_IFNAME": "ib0,ib"}, INTERFACES, []), "must name interfaces"),
+        (lambda h: check_host.check_nccl(h, {"GLOO_SOCKET_IFNAME": "^lo"}, INTERFACES, []), "must name interfaces of"),
         (lambda h: check_host.check_nccl(h, {"NCCL_IB_HCA": "mlx5"}, INTERFACES, []), "fits no InfiniBand device"),
         (lambda h: check_host.check_nccl(h, {"NCCL_DEBUG": "VERBOSE"}, INTERFACES, []), "must be one of VERSION, WARN"),
         (lambda h: check_host.visible_devices(h, {"CUDA_VISIBLE_DEVICES": "0,1"}, Path("/nowhere")), "names 2 GPUs"),
@@ -83,8 +83,11 @@ def test_what_cannot_work_is_an_error(check: Callable[[Host], object], error: st
 @pytest.mark.parametrize(
     "check",
     [
-        lambda h: check_host.check_devices(h, 4, 0),  # no GPUs: ranks on the CPU
-        lambda h: check_host.check_devices(h, 8, 8),
+        lambda h: check_host.check_devices(h, 4, 0, 0),  # ranks on the CPU, as asked for
+        lambda h: check_host.check_devices(h, 1, 0, None),
+        lambda h: check_host.check_devices(h, 8, 8, 8),
+        lambda h: check_host.check_meeting_point(h, "localhost:29412", 1, None),
+        lambda h: check_host.check_nccl(h, {"GLOO_SOCKET_IFNAME": "eth0,ib0"}, INTERFACES, []),
         lambda h: check_host.check_limits(h, [], limits(65536, 65536)),
         lambda h: check_host.check_limits(h, ["mlx5_0"], limits(-1, -1)),
         lambda h: check_host.check_shared_memory(h, 8, 2048 * MIB),
@@ -99,6 +102,12 @@ def test_what_works_is_none(check: Callable[[Host], object]) -> None:
     host = Host()
     check(host)
     assert (host.errors, host.warnings) == ([], [])
+
+
+def test_ranks_on_the_cpu_that_no_one_asked_for_are_told() -> None:
+    host = Host()
+    check_host.check_devices(host, 8, 0, None)
+    assert host.warnings == ["no GPU is visible (CUDA_VISIBLE_DEVICES, /dev): 8 ranks will train on the CPU"]
 
 
 def test_a_clock_that_differs_from_the_file_servers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
