@@ -52,6 +52,7 @@ def main() -> None:
     if given.head:
         check_meeting_point(host, given.head, given.nodes, os.environ.get("SLURM_NODEID"))
     check_devices(host, ranks, devices, given.gpus)
+    check_cores(host, ranks, len(os.sched_getaffinity(0)))
     check_limits(host, infiniband_devices(), resource.getrlimit)
     check_shared_memory(host, ranks, shutil.disk_usage("/dev/shm").free)
     check_clock(host, Path.cwd())
@@ -192,6 +193,12 @@ def check_devices(host: Host, ranks: int, devices: int, gpus: int | None) -> Non
         host.errors.append(f"{ranks} ranks need as many GPUs, and {devices} are visible (CUDA_VISIBLE_DEVICES, /dev)")
     elif ranks < devices:
         host.warnings.append(f"{devices} GPUs are visible and only {ranks} ranks use them")
+
+
+def check_cores(host: Host, ranks: int, cores: int) -> None:
+    if cores < ranks:
+        hint = "On Slurm ask for more: --sbatch=--exclusive, or --sbatch=--cpus-per-task=NUMBER (of a node)"
+        host.warnings.append(f"{ranks} ranks and the processes that read for them share {cores} CPU cores. {hint}")
 
 
 def check_limits(host: Host, infiniband: list[str], limit: Callable[[int], tuple[int, int]]) -> None:

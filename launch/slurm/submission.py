@@ -113,27 +113,31 @@ def job_of(run_dir: Path) -> tuple[Path, str] | None:
 
 
 def queue(ids: list[str]) -> dict[str, str]:
-    """State and reason of those that wait or run, by id: {"12_3": "PENDING (Resources)"}. Empty without Slurm."""
-    return _squeue(ids, [])
+    """State and reason of those that wait or run, by id: {"12_3": "PENDING (Resources)"}. Empty without Slurm.
+
+    subprocess.CalledProcessError if Slurm does not answer.
+    """
+    return _squeue(ids, [], check=True)
 
 
 def states(ids: list[str]) -> dict[str, str]:
     """As `queue`, and how those ended that Slurm remembers: slurmctld for some minutes, accounting for good."""
-    known = _squeue(ids, ["--states=all"])
+    known = _squeue(ids, ["--states=all"], check=False)
     older = [i for i in ids if i not in known]
     asked = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(older)}"]
-    lines = _lines(asked) if older else []
+    lines = _lines(asked, check=False) if older else []
     return known | {i: state for i, state in (line.split("|") for line in lines) if i in older}
 
 
-def _squeue(ids: list[str], options: list[str]) -> dict[str, str]:
+def _squeue(ids: list[str], options: list[str], *, check: bool) -> dict[str, str]:
     asked = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r", *options]
-    found = {i: (state, reason) for i, state, reason in (line.split("|", 2) for line in (_lines(asked) if ids else []))}
+    lines = _lines(asked, check=check) if ids else []
+    found = {i: (state, reason) for i, state, reason in (line.split("|", 2) for line in lines)}
     return {i: state if reason == "None" else f"{state} ({reason})" for i, (state, reason) in found.items() if i in ids}
 
 
-def _lines(command: list[str]) -> list[str]:
-    """What a program of Slurm's prints; [] where there is none, or it cannot tell."""
+def _lines(command: list[str], *, check: bool) -> list[str]:
+    """What a program of Slurm's prints; [] where there is none, or, unless `check`, it cannot tell."""
     if shutil.which(command[0]) is None:
         return []
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, check=check).stdout.splitlines()

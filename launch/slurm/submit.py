@@ -38,6 +38,10 @@ from launch.slurm.chain import Stage, read_chain
 from launch.slurm.submission import COMPLETE, ROOT, Job, checkpoints_of, create, job_of, queue
 
 
+OWN = ("--nodes", "--time", "--array", "--output", "--signal", "--parsable")  # of sbatch's, and --ntasks*, --gpus*
+SHORT = {"-N": "--nodes", "-t": "--time", "-a": "--array", "-o": "--output", "-n": "--ntasks", "-G": "--gpus"}
+
+
 @dataclass(slots=True)
 class Request:
     """The command line."""
@@ -96,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def submit(request: Request) -> None:
+    _check_request(request)
     register_schemas()
     with initialize_config_module("kontext_train.conf", version_base="1.3"):
         root, jobs = _jobs(request)
@@ -130,6 +135,38 @@ def submit(request: Request) -> None:
     else:
         _submit_in_turn(submission, jobs, request)
     print(f"submit: see python -m launch.status {root}")
+
+
+def _check_request(request: Request) -> None:
+    for option, number, least in (
+        ("--nodes", request.nodes, 1),
+        ("--gpus", request.gpus, 1),
+        ("--cpu-ranks", request.cpu_ranks, 1),
+        ("--at-once", request.at_once, 1),
+        ("--max-restarts", request.max_restarts, 0),
+        ("--save-s", request.save_s, 1),
+    ):
+        if number is not None and number < least:
+            raise ConfigError(option, number, f"must be at least {least}", "Correct it, or leave it out")
+    if request.at_once is not None and not request.multirun:
+        raise ConfigError("--at-once", request.at_once, "is of a sweep's members", "Add -m, or leave it out")
+    limit_s = _seconds(request.time)
+    if limit_s is not None and not request.save_s < limit_s:
+        raise ConfigError("--save-s", request.save_s, f"must be below --time={request.time}", "Lower it")
+    for option in request.sbatch:
+        name = SHORT.get(option[:2], option.split("=")[0])
+        if any(own.startswith(name) for own in OWN) or name.startswith(("--ntasks", "--gpus")):
+            raise ConfigError("--sbatch", option, "is set by submit itself", "Use its own options (--help)")
+
+
+def _seconds(time: str) -> int | None:
+    """Of Slurm's [days-]hours:minutes:seconds, minutes:seconds, minutes, days-hours or days-hours:minutes."""
+    days, dash, clock = time.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        return None  # UNLIMITED; sbatch refuses the others
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _refuse_shared(jobs: list[Job]) -> None:
@@ -213,7 +250,7 @@ def _chain_jobs(request: Request, stages: list[Stage]) -> tuple[Path, list[Job]]
         if stage.command:
             command = stage.command
             for name, path in {"export": f"{last}/export.safetensors", "run": last, "root": root}.items():
-                command = command.replace(f"{{{name}}}", str(path))
+                command = command.replace(f"{{{name}}}", shlex.quote(str(path)))
             jobs.append(Job(stage.name, root / stage.name, [], command=command))
             continue
         export = None if last is None else last / "export.safetensors"
@@ -275,15 +312,23 @@ def _submit_array(submission: Path, jobs: list[Job], request: Request) -> None:
 
 
 def _submit_in_turn(submission: Path, jobs: list[Job], request: Request) -> None:
-    """Each after the one before has succeeded; all that follow a failed one are cancelled."""
-    before = ""
+    """Each after the one before has succeeded; all that follow a failed one are cancelled. All are queued, or none."""
+    taken: list[str] = []
     for job in jobs:
         folder = submission / "jobs" / job.name
-        after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
         script = "command.sbatch" if job.command else "train.sbatch"
         options = _resources(request, 1) if job.command else _training(request)
-        before = _sbatch(submission, script, folder / "output.log", after + options, [job.name])
-        (folder / "job_id").write_text(f"{before}\n")
+        if taken:  # a dependency that the user gives is the first one's: sbatch takes only one
+            options = [option for option in options if not option.startswith(("--dep", "-d"))]
+            options += [f"--dependency=afterok:{taken[-1]}", "--kill-on-invalid-dep=yes"]
+        try:
+            taken.append(_sbatch(submission, script, folder / "output.log", options, [job.name]))
+        except subprocess.CalledProcessError:
+            if taken:
+                subprocess.run(["scancel", *taken], check=True, capture_output=True, text=True)
+                print(f"submit: cancelled {', '.join(taken)}, queued before sbatch refused the next", file=sys.stderr)
+            raise
+        (folder / "job_id").write_text(f"{taken[-1]}\n")
 
 
 def _training(request: Request) -> list[str]:

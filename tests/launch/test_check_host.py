@@ -110,6 +110,15 @@ def test_ranks_on_the_cpu_that_no_one_asked_for_are_told() -> None:
     assert host.warnings == ["no GPU is visible (CUDA_VISIBLE_DEVICES, /dev): 8 ranks will train on the CPU"]
 
 
+def test_ranks_that_share_a_core_are_told() -> None:
+    """Slurm gives a job a single core if it asks for none."""
+    host = Host()
+    check_host.check_cores(host, 8, 8)
+    assert host.warnings == []
+    check_host.check_cores(host, 8, 1)
+    assert "8 ranks and the processes that read for them share 1 CPU cores" in host.warnings[0]
+
+
 def test_a_clock_that_differs_from_the_file_servers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, now = Host(), check_host.time.time()
     monkeypatch.setattr("launch.check_host.time.time", lambda: now + 90)

@@ -98,6 +98,16 @@ stages:
         (["-m", "run.steps=1,0"], "run.steps=0: must be at least 1"),
         ([], "PATH='': has no sbatch. Submit on a login node"),
         (["--env=nowhere.sh"], "--env='nowhere.sh': must be a file"),
+        (["--cpu-ranks=0"], "--cpu-ranks=0: must be at least 1"),
+        (["-m", "--at-once=0"], "--at-once=0: must be at least 1"),
+        (["--at-once=2"], "--at-once=2: is of a sweep's members"),
+        (["--max-restarts=-1"], "--max-restarts=-1: must be at least 0"),
+        (["--save-s=1200"], "--save-s=1200: must be below --time=20"),
+        (["--time=0-01:30", "--save-s=5400"], "--save-s=5400: must be below --time=0-01:30"),
+        (["--sbatch=--nodes=2"], "--sbatch='--nodes=2': is set by submit itself"),
+        (["--sbatch=-N2"], "--sbatch='-N2': is set by submit itself"),
+        (["--sbatch=--sig=USR2@9"], "--sbatch='--sig=USR2@9': is set by submit itself"),
+        (["--sbatch=--gpus-per-task=1"], "--sbatch='--gpus-per-task=1': is set by submit itself"),
     ],
 )
 def test_what_cannot_run_is_refused_before_sbatch(
@@ -172,6 +182,50 @@ def test_a_folder_that_a_job_writes_is_refused_whatever_is_submitted_for(
     with pytest.raises(SystemExit, match="2"):
         submit(*options, "run.seed=0,1")
     assert f"run.dir='{run_dir}': is written by job 17, RUNNING" in capsys.readouterr().err
+
+
+def stand_in(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_chain_is_queued_whole_or_not_at_all(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-ins for Slurm. The user's dependency is the first stage's, and does not undo that of the others."""
+    (tmp_path / "chain.yaml").write_text("stages: [{name: one}, {name: two}, {name: three}]")
+    stand_in(tmp_path, "scancel", f'echo "$@" >"{tmp_path}/cancelled"')
+    stand_in(tmp_path, "squeue", "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asked = ["--sbatch=--dependency=afterany:5", "--sbatch=--qos=high", *SMALL, f"data.train={shards}"]
+    asked += [f"--chain={tmp_path}/chain.yaml", f"run.dir={tmp_path}/run"]
+    count = f'echo "$@" >>"{tmp_path}/asked"; n=$(wc -l <"{tmp_path}/asked")'
+    stand_in(tmp_path, "sbatch", f"{count}; echo $((n + 10))")
+    submit(*asked)
+    options = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    found = [[option for option in line if option.startswith("--dependency=")] for line in options]
+    assert found == [["--dependency=afterany:5"], ["--dependency=afterok:11"], ["--dependency=afterok:12"]]
+    assert all("--qos=high" in line for line in options)
+
+    stand_in(tmp_path, "sbatch", f'{count}; [ "$n" -lt 6 ] || {{ echo "invalid qos" >&2; exit 1; }}; echo $((n + 10))')
+    with pytest.raises(SystemExit, match="1"):
+        submit(*asked)
+    said = capsys.readouterr().err
+    assert "submit: cancelled 14, 15, queued before sbatch refused the next" in said
+    assert "submit: invalid qos" in said
+    assert (tmp_path / "cancelled").read_text() == "14 15\n"
+
+
+def test_a_queue_that_does_not_answer_is_not_an_empty_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job("0", tmp_path / "run", [], compose_config(*SMALL, f"run.dir={tmp_path}/run"))
+    (create(tmp_path / "run", [job], {}, None) / "jobs" / "0" / "job_id").write_text("17\n")
+    stand_in(tmp_path, "squeue", 'echo "Unable to contact slurm controller" >&2; exit 1')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(SystemExit, match="1"):
+        submit("--dry-run", *SMALL, f"data.train={shards}", f"run.dir={tmp_path}/run")
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -54,5 +54,5 @@ def test_what_interrupts_twice_interrupts_at_once() -> None:
     with stop_on_signals() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.name == "SIGINT"
-        with pytest.raises(KeyboardInterrupt, match="^$"):
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
             signal.raise_signal(signal.SIGINT)
