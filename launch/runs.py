@@ -62,8 +62,9 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those in it."""
-    return [folder] if is_run(folder) else sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
+    """The folder itself if it is a run's, and those in it: a sweep may lie below a run."""
+    below = sorted(p for p in folder.iterdir() if p.is_dir() and is_run(p))
+    return [folder, *below] if is_run(folder) else below
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -31,12 +31,11 @@ from kontext_train.config import (
     typed,
     with_absolute_paths,
 )
-from kontext_train.data.config import is_url
+from kontext_train.data.config import DataConfig, is_url
 from kontext_train.errors import ConfigError
 from kontext_train.train import member_name
 from launch.slurm.chain import Stage, read_chain
 from launch.slurm.submission import COMPLETE, ROOT, Job, checkpoints_of, create, job_of, queue
-
 
 OWN = ("--nodes", "--time", "--array", "--output", "--signal", "--parsable")  # of sbatch's, and --ntasks*, --gpus*
 SHORT = {"-N": "--nodes", "-t": "--time", "-a": "--array", "-o": "--output", "-n": "--ntasks", "-G": "--gpus"}
@@ -116,6 +115,7 @@ def submit(request: Request) -> None:
     for job in jobs:
         if job.config:
             _check_resumable(job)
+    _check_data(jobs)
     if not jobs:
         print(f"submit: all that {root} asks for is trained")
         return
@@ -187,6 +187,20 @@ def _refuse_busy(jobs: list[Job]) -> None:
         if number in queued:
             rule = f"is written by job {number}, {queued[number]}"
             raise ConfigError("run.dir", str(run_dir), rule, "Wait, scancel it, or use another run.dir")
+
+
+def _check_data(jobs: list[Job]) -> None:
+    """Opens what jobs train on. What is remote is left to them, and so is what a command of a chain may yet write."""
+    from kontext_train.data.sources import open_sources
+
+    opened: list[DataConfig] = []
+    for job in jobs:
+        if job.config is None:
+            return
+        config = job.config
+        if config.data not in opened and not any(is_url(s.path) for s in config.data.of_sources().values()):
+            open_sources(config.data, config.encoders.pixels_per_token(), config.run.seed)
+            opened.append(config.data)
 
 
 def _check_resumable(job: Job) -> None:

@@ -98,6 +98,7 @@ stages:
         (["-m", "run.steps=1,0"], "run.steps=0: must be at least 1"),
         ([], "PATH='': has no sbatch. Submit on a login node"),
         (["--env=nowhere.sh"], "--env='nowhere.sh': must be a file"),
+        (["data.train=kontext_train/conf"], "kontext_train/conf': "),
         (["--cpu-ranks=0"], "--cpu-ranks=0: must be at least 1"),
         (["-m", "--at-once=0"], "--at-once=0: must be at least 1"),
         (["--at-once=2"], "--at-once=2: is of a sweep's members"),

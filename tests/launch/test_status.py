@@ -13,7 +13,7 @@ from launch.sweep import as_text, draw, table
 
 
 def written_run(folder: Path, steps: int, losses: list[float], saved: int | None = None) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(f"run: {{steps: {steps}}}\n")
     lines = [json.dumps({"step": 10 * (i + 1), "loss": loss, "seconds": 5.0}) for i, loss in enumerate(losses)]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"step": 999, "lo')
@@ -35,6 +35,12 @@ def test_progress_is_the_last_whole_line_and_the_newest_whole_checkpoint(tmp_pat
         "  0:00:35 left at 0.5 s a step",
         "  newest checkpoint step_00000020, 0:00:00 old",
     ]
+
+
+def test_a_sweep_below_a_run_is_found(tmp_path: Path) -> None:
+    for name in (".", "seed=2", "seed=1"):
+        written_run(tmp_path / "run" / name, 10, [1.0], saved=10)
+    assert [run.name for run in runs.runs_below(tmp_path / "run")] == ["run", "seed=1", "seed=2"]
 
 
 def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path) -> None:
