@@ -79,7 +79,7 @@ def check_meeting_point(host: Host, head: str, nodes: int, slurm_node: str | Non
         host.errors.append(f"HEAD={head} must be HOST:PORT, for example node1:29400")
         return
     try:
-        head_address = socket.getaddrinfo(name, int(port), socket.AF_INET)[0][4][0]
+        head_address = str(socket.getaddrinfo(name, int(port), socket.AF_INET)[0][4][0])
     except OSError as error:
         host.errors.append(f"HEAD={head}: the name does not resolve ({error}). Give an address, or correct /etc/hosts")
         return

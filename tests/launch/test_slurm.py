@@ -138,6 +138,37 @@ def test_what_a_requeue_or_a_later_stage_would_stumble_over(shards: Path, tmp_pa
     assert [job.config.weights.guidance_in.value for job in chained if job.config] == ["add", "require"]
 
 
+def test_the_chain_of_the_documentation_composes(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is printed, with files of these names."""
+    page = (ROOT / "docs" / "launch.md").read_text().partition("### Chains")[2]
+    (tmp_path / "stages.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    line = page.partition("`python -m launch.slurm.submit --chain stages.yaml ")[2].partition("`")[0]
+    sizes = {
+        "vae": {"latent_channels": 16, "block_out_channels": [128, 256, 512, 512]},
+        "text_encoder": {"hidden_size": 768},
+        "text_encoder_2": {"d_model": 4096},
+    }
+    for part, config in sizes.items():
+        (tmp_path / "FLUX" / part).mkdir(parents=True)
+        (tmp_path / "FLUX" / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "FLUX" / "flux1-dev.safetensors").touch()
+    (tmp_path / "EDITS").symlink_to(shards)
+    monkeypatch.chdir(tmp_path)
+    request = Request(**vars(parser().parse_intermixed_args(["--chain=stages.yaml", *line.split()])))
+    register_schemas()
+    with initialize_config_module("kontext_train.conf", version_base="1.3"):
+        finetuned, distilled, measured = _jobs(request)[1]
+    assert finetuned.config is not None
+    assert distilled.config is not None
+    export = f"{tmp_path}/outputs/chain/max/export.safetensors"
+    given, made = finetuned.config.weights, distilled.config.weights
+    assert (given.student, given.guidance_in.value) == (f"{tmp_path}/FLUX/flux1-dev.safetensors", "drop")
+    assert (made.student, made.teacher, made.guidance_in.value) == (export, export, "add")
+    assert f"checkpoint={tmp_path}/outputs/chain/dev/export.safetensors" in measured.command
+
+
 def test_a_stage_takes_every_role_that_it_needs_from_the_export_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the stage had a frozen teacher."""
     monkeypatch.setattr(FlowMatchingConfig, "frozen", ("teacher",))
