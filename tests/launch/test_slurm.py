@@ -138,9 +138,7 @@ def test_what_a_requeue_or_a_later_stage_would_stumble_over(shards: Path, tmp_pa
     assert [job.config.weights.guidance_in.value for job in chained if job.config] == ["add", "require"]
 
 
-def test_the_chain_of_the_documentation_composes(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chain_of_the_documentation_composes(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is printed, with files of these names."""
     page = (ROOT / "docs" / "launch.md").read_text().partition("### Chains")[2]
     (tmp_path / "stages.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
@@ -338,7 +336,8 @@ def test_a_chain_hands_its_weights_on(slurm: Cluster, background: Background, sh
     assert output(chain, "evaluate") == "step_00000001\nenvironment options\n"
     record = json.loads((resolve(chain / "sharpen") / "record.json").read_text())
     assert record["config"]["weights"]["student"] == f"{chain}/finetune/export.safetensors"
-    submit("--dry-run", f"--chain={chain.parent}/chain.yaml", *small(shards), f"run.dir={chain}")  # it would go on
+    again = ("--dry-run", f"--chain={chain.parent}/chain.yaml", *small(shards), f"run.dir={chain}")
+    submit(*again, env=slurm.env)  # it would go on
 
 
 @pytest.mark.slow
