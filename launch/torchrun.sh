@@ -16,7 +16,8 @@ if [ "$NODES" != 1 ] && [ -z "${HEAD:-}" ]; then
   echo "launch: $(hostname): NODES=$NODES needs HEAD=HOST:PORT, where they meet: the same on each" >&2
   exit 2
 fi
-found=$("$PYTHON" "$HERE/check_host.py" --nodes "$NODES" ${HEAD:+--head "$HEAD"} ${RANKS:+--ranks "$RANKS"} ${GPUS:+--gpus "$GPUS"})
+found=$("$PYTHON" "$HERE/check_host.py" --nodes "$NODES" ${HEAD:+--head "$HEAD"} ${RANKS:+--ranks "$RANKS"} \
+  ${GPUS:+--gpus "$GPUS"})
 eval "$found"  # IS_HEAD ADDRESS INTERFACE RANKS
 
 if [ "$NODES" != 1 ]; then  # gloo, which carries what is not on a GPU, would take what the host's name resolves to

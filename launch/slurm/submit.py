@@ -339,8 +339,8 @@ def _submit_in_turn(submission: Path, jobs: list[Job], request: Request) -> None
             taken.append(_sbatch(submission, script, folder / "output.log", options, [job.name]))
         except subprocess.CalledProcessError:
             if taken:
-                subprocess.run(["scancel", *taken], check=True, capture_output=True, text=True)
-                print(f"submit: cancelled {', '.join(taken)}, queued before sbatch refused the next", file=sys.stderr)
+                print(f"submit: sbatch refused a job. Cancelling {', '.join(taken)}, queued before", file=sys.stderr)
+                subprocess.run(["scancel", *taken], check=False)  # says itself if it cannot
             raise
         (folder / "job_id").write_text(f"{taken[-1]}\n")
 

@@ -241,7 +241,7 @@ def test_a_chain_is_queued_whole_or_not_at_all(
     with pytest.raises(SystemExit, match="1"):
         submit(*asked)
     said = capsys.readouterr().err
-    assert "submit: cancelled 14, 15, queued before sbatch refused the next" in said
+    assert "submit: sbatch refused a job. Cancelling 14, 15, queued before" in said
     assert "submit: invalid qos" in said
     assert (tmp_path / "cancelled").read_text() == "14 15\n"
 
