@@ -121,17 +121,16 @@ def sample(config: SampleConfig) -> list[Path]:
     from kontext_train.safety.provenance import save_with_provenance
 
     check = _gate(config.gate)
-    for prompt in config.prompt:
+    for prompt in config.prompt:  # before the model is loaded
         check("prompt", prompt, {})
     trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
     side = trained.pixels_per_token
     contexts = []
-    for number, name in enumerate(config.context):
+    for name in config.context:
         try:
             pixels = load_image(name, trained.transform)
         except ValueError as error:
             raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
-        check(f"context image {name}", None, {f"context.{number}": Image.fromarray(pixels)})  # as the model sees it
         contexts.append(torch.from_numpy(pixels).permute(2, 0, 1))
     default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
     height = default_height if config.height is None else config.height
@@ -140,14 +139,19 @@ def sample(config: SampleConfig) -> list[Path]:
         if value < side or value % side:
             raise ConfigError(key, value, f"must be a multiple of {side}, the pixels of a token", "Round it")
 
+    def shown(pixels: torch.Tensor) -> Image.Image:
+        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
     files = []
     for turn, prompt in enumerate(config.prompt):
+        given = {f"context.{i}": shown(pixels) for i, pixels in enumerate(contexts)}  # as the model sees them
+        check(f"request {prompt!r}", prompt, given)
         request = Request(prompt, contexts, height, width, seed=config.seed + turn)
         (image,) = trained.generate([request], config.sampler)
         out = Path(config.out)
         file = out if len(config.prompt) == 1 else out.with_suffix(f".{turn}{out.suffix}")
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        check(f"result of {prompt!r}", prompt, {"target": picture})
+        picture = shown(image)
+        check(f"result of {prompt!r}", prompt, {**given, "target": picture})
         file.parent.mkdir(parents=True, exist_ok=True)
         if config.provenance:
             save_with_provenance(picture, file, edited=bool(contexts), tool=f"kontext_train {config.checkpoint}")
@@ -172,9 +176,9 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
     def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
         (verdict,) = judge.judge([Subject(prompt, images)])
         if (found := verdict.blocking()) is not None:
-            why = (
-                f"score {found.score:.4g}, threshold {found.threshold:.4g}" if found.score is not None else found.reason
-            )
+            why = found.reason
+            if found.score is not None:
+                why = f"{found.part} scores {found.score:.4g}, threshold {found.threshold:.4g}"
             raise Blocked(f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written")
 
     return check

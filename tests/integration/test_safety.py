@@ -14,11 +14,13 @@ from kontext_train.errors import ConfigError
 from kontext_train.evaluation.trained import load_model, read_config, resolve
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.safety.hashes import perceptual_hash
+from kontext_train.safety.heads import Head, clip_digest, save_head
 from kontext_train.sample import Blocked, SampleConfig, main, sample
 from quickstart.make_dataset import to_png
 from tests.integration.test_train import largest_difference, losses
 from tests.models.flux_cases import random_flux
 from tests.runs import run, small_config
+from tests.safety.planted import write_clip
 
 ADAPTERS = ("lora.rank=2", "lora.base_dtype=float32", "optimizer.lr=3e-3")
 
@@ -139,7 +141,7 @@ def test_the_gate_stops_prompts_images_and_results(
         (tmp_path / "hashes.txt").write_text(f"{own:016x}\n")
         return policy(tmp_path, "{name: known, kind: image_hash, list: hashes.txt, distance: 2, policy: drop}")
 
-    with pytest.raises(Blocked, match=r"context image .*a\.png, by rule known"):
+    with pytest.raises(Blocked, match=r"request 'make it blue', by rule known .*context\.0 scores"):
         made("make it blue", listed(context))
     assert made("make it blue", listed(context), str(base.parent / "b.png")).is_file()
     result = listed(made("make it blue", None))
@@ -153,6 +155,49 @@ def test_the_gate_stops_prompts_images_and_results(
     with pytest.raises(SystemExit, match="3"):
         main()
     assert "by rule asked" in capsys.readouterr().err
+
+
+def test_the_gate_sees_prompt_contexts_and_result_together(trained_run: Path, base: Path, tmp_path: Path) -> None:
+    """Every probe says 0.5 of all it sees: only together do they reach a threshold."""
+    clip, out = write_clip(tmp_path / "clip"), tmp_path / "out.png"
+    for tower in ("image", "text"):
+        save_head(tmp_path / f"{tower}.probe", Head(tower, clip_digest(clip), 0.6, torch.zeros(128), 0.0, None))
+    asked = "{name: asked, kind: clip_text, clip: clip, head: text.probe, policy: drop}"
+    given, shown = (
+        f"{{name: {part}, kind: clip_image, clip: clip, head: image.probe, parts: [{part}], policy: drop}}"
+        for part in ("context", "target")
+    )
+    together = "{name: c, kind: combination, of: [%s], threshold: %s, policy: drop}"
+    request = (asked, given, together % ("asked, context", 0.7))
+    result = (asked, given, shown, together % ("asked, context, target", 0.87))
+
+    def made(*rules: str, context: tuple[str, ...] = (str(base.parent / "a.png"),)) -> list[Path]:
+        options = {"out": str(out), "sampler": SamplerConfig(steps=1), "height": 32, "width": 48}
+        gate = policy(tmp_path, *rules)
+        return sample(SampleConfig(str(trained_run), ["blue"], list(context), gate=gate, **options))  # type: ignore[arg-type]
+
+    with pytest.raises(Blocked, match="request 'blue', by rule c"):
+        made(*request)
+    with pytest.raises(Blocked, match="result of 'blue', by rule c"):
+        made(*result)
+    for rules in (request, result):  # without a context neither is reached
+        assert made(*rules, context=()) == [out]
+
+
+def test_a_result_that_becomes_a_context_is_held_against_the_rules_for_contexts(
+    trained_run: Path, base: Path, tmp_path: Path
+) -> None:
+    def made(gate: str | None, *prompts: str) -> list[Path]:
+        options = {"out": str(tmp_path / "out.png"), "sampler": SamplerConfig(steps=1), "gate": gate}
+        return sample(SampleConfig(str(trained_run), list(prompts), [str(base.parent / "a.png")], **options))  # type: ignore[arg-type]
+
+    first = perceptual_hash(Image.open(made(None, "one")[0]).convert("RGB"))
+    (tmp_path / "hashes.txt").write_text(f"{first:016x}\n")
+    rule = "{name: known, kind: image_hash, list: hashes.txt, distance: 2, parts: [context], policy: drop}"
+    assert len(made(policy(tmp_path, rule), "one")) == 1
+    with pytest.raises(Blocked, match="request 'two', by rule known"):
+        made(policy(tmp_path, rule), "one", "two")
+    assert not (tmp_path / "out.1.png").exists()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
