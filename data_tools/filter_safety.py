@@ -221,7 +221,7 @@ def decoded(file: IO[bytes], span: Span) -> Image.Image:
 
 
 def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[str, Any], verdict: Any) -> None:
-    """A rule on metadata finds a sample of which all its clauses hold. One whose field lacks is not found."""
+    """A rule on metadata finds a sample of which all its clauses hold, and quarantines one that it says nothing of."""
     from kontext_train.safety.judge import Finding
 
     for rule in policy.rules:
@@ -229,8 +229,10 @@ def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[
             continue
         try:
             holds = all(clause.holds(values) for clause in clauses[rule.name])
-        except MissingField:
-            holds = False
+        except MissingField as error:
+            reason = f"the sample lacks {error}; has() asks for it"
+            verdict.findings.append(Finding(rule.name, Policy.quarantine, "sample", None, 1.0, reason))
+            continue
         except ValueError as error:
             verdict.findings.append(Finding(rule.name, Policy.quarantine, "sample", None, 1.0, str(error)))
             continue

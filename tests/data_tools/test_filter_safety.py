@@ -145,6 +145,25 @@ def test_a_scorer_that_fails_on_a_sample_quarantines_it(tmp_path: Path) -> None:
         filter_safety.filter_safety(source, tmp_path / "two", policy)
 
 
+def test_metadata_that_lacks_quarantines_a_sample_unless_the_rule_asks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    about = {"both": {"source": "forum", "age": 40}, "young": {"age": 12}, "fine": {"source": "own", "age": 40}}
+    samples = [(key, sample(rng, "", **fields)) for key, fields in about.items()]
+    (tmp_path / "source").mkdir()
+    write_shard(tmp_path / "source" / "0.tar", samples)
+    build_index(tmp_path / "source")
+
+    def left_out(name: str, where: str) -> tuple[int, list[str]]:
+        policy = tmp_path / "policy.yaml"
+        rule = f'{{name: source, kind: metadata, where: "{where}", policy: drop}}'
+        policy.write_text(f"name: metadata\nrules:\n  - {rule}\n")
+        report = filter_safety.filter_safety(tmp_path / "source", tmp_path / name, policy)
+        return report["dropped"], [line["key"] for line in lines(tmp_path / name / "quarantine.jsonl")]
+
+    assert left_out("one", "json.source == 'forum' or json.age < 18") == (1, ["young"])
+    assert left_out("two", "(has(json.source) and json.source == 'forum') or json.age < 18") == (2, [])
+
+
 def test_an_interrupted_run_goes_on_and_a_changed_policy_starts_anew(
     room: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
