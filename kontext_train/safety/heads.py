@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kontext_train.safety.rules import is_threshold
+
 _METADATA_KEY = "kontext_train"
 _CURVE_POINTS = 33
 
@@ -71,6 +73,8 @@ def load_head(path: Path) -> Head:
             about = json.loads(file.metadata()[_METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         bias = float(tensors["bias"]) if "bias" in tensors else 0.0
+        if about["threshold"] is not None and not is_threshold(about["threshold"]):
+            raise ValueError(f"its threshold {about['threshold']!r} is not above 0 and at most 1")
         parts = (tensors.get("weight"), bias, tensors.get("embeddings"))
         return Head(about["tower"], about["clip"], about["threshold"], *parts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

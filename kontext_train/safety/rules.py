@@ -138,13 +138,18 @@ def _check(key: str, rule: Rule, before: Sequence[Rule]) -> None:
         raise ConfigError(f"{key}.parts", [], "looks at nothing", "Give target, context or both")
     if not (isinstance(rule.distance, int) and 0 <= rule.distance <= 16):
         raise ConfigError(f"{key}.distance", rule.distance, "must be 0 to 16 bits of 64", "6 finds resized copies")
-    if rule.threshold is not None and not isinstance(rule.threshold, int | float):
-        raise ConfigError(f"{key}.threshold", rule.threshold, "must be a number", "For example 0.5")
+    if not is_threshold(rule.threshold) and (rule.threshold is not None or rule.kind is Kind.combination):
+        raise ConfigError(f"{key}.threshold", rule.threshold, "must be above 0 and at most 1", "For example 0.5")
     if rule.kind is Kind.combination:
         scored = [r.name for r in before if r.kind in (Kind.clip_image, Kind.clip_text)]
         if len(rule.of) < 2 or (strange := [name for name in rule.of if name not in scored]):
             rule_text = "must name at least two rules above it of kind clip_image or clip_text"
             raise ConfigError(f"{key}.of", list(rule.of), rule_text, f"There are: {', '.join(scored) or 'none'}")
+
+
+def is_threshold(value: Any) -> bool:
+    """Whether scores, which end at 1, can reach it and need not all reach it. Not so NaN, which nothing does."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _one_of(kind: type[Enum], key: str, value: Any) -> Any:

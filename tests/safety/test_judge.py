@@ -10,7 +10,7 @@ from PIL import Image
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
 from kontext_train.safety.hashes import HashList, perceptual_hash
-from kontext_train.safety.heads import Head, clip_digest, operating_point, save_head
+from kontext_train.safety.heads import Head, clip_digest, load_head, operating_point, save_head
 from kontext_train.safety.judge import Judge, Subject, rules_digest
 from kontext_train.safety.rules import read_rules
 from kontext_train.safety.words import WordList
@@ -68,6 +68,25 @@ TEXT = "{name: t, kind: clip_text, clip: clip, head: text.probe, policy: drop}"
 def test_a_bad_policy_is_refused_by_key(room: Path, rule: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         judge(room, rule)
+
+
+@pytest.mark.parametrize("threshold", ["0", "-0.1", "1.01", ".nan", ".inf", "true", "'0.5'"])
+def test_a_threshold_that_decides_nothing_is_refused(room: Path, threshold: str) -> None:
+    together = "{name: c, kind: combination, of: [i, t], threshold: %s, policy: drop}"
+    told = "threshold=.*: must be above 0 and at most 1"
+    with pytest.raises(ConfigError, match=rf"rules\[0\]\.{told}"):
+        judge(room, IMAGE.replace("policy", f"threshold: {threshold}, policy"))
+    for given in (threshold, "null"):
+        with pytest.raises(ConfigError, match=rf"rules\[2\]\.{told}"):
+            judge(room, IMAGE, TEXT, together % given)
+    judge(room, IMAGE.replace("policy", "threshold: 1, policy"), TEXT, together % 1.0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, float("nan"), 1.5, True])
+def test_a_head_with_such_a_threshold_is_refused(room: Path, tmp_path: Path, threshold: float) -> None:
+    save_head(tmp_path / "a.probe", Head("image", "x", threshold, torch.zeros(128), 0.0, None))
+    with pytest.raises(ValueError, match=r"a\.probe is no head of train_probe .*its threshold .* is not above 0"):
+        load_head(tmp_path / "a.probe")
 
 
 def test_names_are_used_once(room: Path) -> None:
