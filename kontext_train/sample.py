@@ -172,6 +172,9 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
     from kontext_train.safety.rules import read_rules
 
     judge = Judge(read_rules(path, "gate"), torch.device("cuda" if torch.cuda.is_available() else "cpu"), "gate")
+    if not judge.rules:
+        rule = "has no rule that applies here: those on metadata look at shards alone"
+        raise ConfigError("gate", path, rule, "Give one with rules on prompts or images: docs/safety.md")
 
     def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
         (verdict,) = judge.judge([Subject(prompt, images)])

@@ -184,6 +184,12 @@ def test_the_gate_sees_prompt_contexts_and_result_together(trained_run: Path, ba
         assert made(*rules, context=()) == [out]
 
 
+def test_a_gate_that_looks_at_nothing_is_refused(tmp_path: Path) -> None:
+    gate = policy(tmp_path, "{name: source, kind: metadata, where: json.source == 'forum', policy: drop}")
+    with pytest.raises(ConfigError, match=r"gate=.*policy\.yaml': has no rule that applies here"):
+        sample(SampleConfig("no checkpoint", ["blue"], gate=gate))
+
+
 def test_a_result_that_becomes_a_context_is_held_against_the_rules_for_contexts(
     trained_run: Path, base: Path, tmp_path: Path
 ) -> None:
