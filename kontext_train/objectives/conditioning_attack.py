@@ -44,34 +44,32 @@ def attacked(
     clean = (cond.txt_TE.detach(), cond.vec_SP.detach(), cond.context_KC.detach())
     allowed = (budget.text, budget.pooled, budget.context)
     radii = [share * rows.float().norm(dim=1, keepdim=True) for rows, share in zip(clean, allowed, strict=True)]
-    moved = [i for i, (rows, share) in enumerate(zip(clean, allowed, strict=True)) if share > 0 and len(rows)]
-    moves = [torch.zeros_like(rows, dtype=torch.float32) for rows in clean]
-    for i in moved:
-        moves[i] = _start(i, moves[i], radii[i], cond, random, visits)
+    moves = [_start(i, rows.shape[1], radii[i], cond, random, visits) for i, rows in enumerate(clean)]
 
     def told() -> Conditioning:
         txt_TE, vec_SP, context_KC = (rows + move.to(rows.dtype) for rows, move in zip(clean, moves, strict=True))
         return replace(cond, txt_TE=txt_TE, vec_SP=vec_SP, context_KC=context_KC)
 
     for _ in range(steps):
-        leaves = [moves[i].requires_grad_() for i in moved]
-        gradients = torch.autograd.grad(loss_of(told()), leaves)
-        for i, gradient in zip(moved, gradients, strict=True):
-            step = _STEP / steps * radii[i] * torch.nn.functional.normalize(gradient, dim=1)
-            moves[i] = _within(moves[i].detach() - step, radii[i])
+        # Of all parts, also what has no budget or no rows: ranks share a sharded model, and take the same passes.
+        leaves = [move.requires_grad_() for move in moves]
+        gradients = torch.autograd.grad(loss_of(told()), leaves, materialize_grads=True)
+        moves = [_stepped(*each, share=_STEP / steps) for each in zip(moves, gradients, radii, strict=True)]
     return told()
 
 
 def _start(
-    part: int, like: Tensor, radius: Tensor, cond: Conditioning, random: VisitRandom, visits: Sequence[int]
+    part: int, channels: int, radius: Tensor, cond: Conditioning, random: VisitRandom, visits: Sequence[int]
 ) -> Tensor:
     """A random direction for each row, of any length up to its radius."""
     shapes = cond.layout.shapes
     counts = ([s.txt for s in shapes], [1] * len(shapes), [s.context_tokens for s in shapes])[part]
-    normal = random.normal(f"attack {part}", visits, counts, like.shape[1] + 1)
+    normal = random.normal(f"attack {part}", visits, counts, channels + 1)
     share = normal[:, -1:].abs().clamp(max=1)
     return radius * share * torch.nn.functional.normalize(normal[:, :-1], dim=1)
 
 
-def _within(move: Tensor, radius: Tensor) -> Tensor:
+def _stepped(move: Tensor, gradient: Tensor, radius: Tensor, *, share: float) -> Tensor:
+    """Down the gradient by that share of the radius, and back into the ball."""
+    move = move.detach() - share * radius * torch.nn.functional.normalize(gradient, dim=1)
     return move * (radius / move.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)

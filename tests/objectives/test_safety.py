@@ -66,6 +66,29 @@ def test_what_has_no_budget_stays_as_it_is_and_samples_do_not_disturb_each_other
     assert not torch.allclose(again.txt_TE[12:], told.txt_TE[12:])
 
 
+def test_text_to_image_is_not_moved_by_a_budget_for_context_but_takes_the_same_passes(model: torch.nn.Module) -> None:
+    """As many as a pack with contexts takes: on another rank of a sharded model that one would wait for them."""
+    torch.manual_seed(1)
+    layout = build_layout([SampleShape(12, (2, 2)), SampleShape(12, (2, 3))])
+    alone = Conditioning(torch.randn(24, 64), torch.randn(2, 64), torch.zeros(0, 64), layout)
+    z, wanted, passes, back = torch.randn(10, 64), torch.randn(10, 64), [0, 0], [0, 0]
+
+    def counted(number: int, cond: Conditioning) -> torch.Tensor:
+        passes[number] += 1
+        loss = distance(model, cond, wanted, z)
+        loss.register_hook(lambda _: back.__setitem__(number, back[number] + 1))
+        return loss
+
+    budget = Budget(0, 0, 0.1)
+    told = attacked(lambda c: counted(0, c), alone, budget, 3, RANDOM, VISITS)
+    with_context = attacked(lambda c: counted(1, c), conditioning(), budget, 3, RANDOM, VISITS)
+    assert torch.equal(told.txt_TE, alone.txt_TE)
+    assert torch.equal(told.vec_SP, alone.vec_SP)
+    assert told.context_KC.shape == (0, 64)
+    assert not torch.equal(with_context.context_KC, conditioning().context_KC)
+    assert passes == back == [3, 3]
+
+
 def stage(model: torch.nn.Module, reference: torch.nn.Module, **options: float) -> Safety:
     cond, encoded = conditioning(), []
     for i, shape in enumerate(cond.layout.shapes):
