@@ -138,15 +138,15 @@ def _report(policy: Rules, index: ShardIndex, results: Sequence[dict[str, Any]],
 
 
 def _calibrations(results: Sequence[dict[str, Any]], labels: str, max_false_positives: float) -> dict[str, Any]:
-    """For each rule with scores: its operating points; and what the policy as a whole finds."""
-    from kontext_train.safety.heads import calibration
+    """For each rule with scores: its operating points, or null without any; and what the policy as a whole finds."""
 
     samples = [sample for result in results for sample in result["scores"]]
     names = sorted({name for sample in samples for name in sample["scores"]})
     made: dict[str, Any] = {"labels": labels}
     for name in names:
         scored = [s for s in samples if name in s["scores"]]
-        made[name] = calibration([s["scores"][name] for s in scored], [s["label"] for s in scored], max_false_positives)
+        scores, with_label = [s["scores"][name] for s in scored], [s["label"] for s in scored]
+        made[name] = _calibration(scores, with_label, max_false_positives)
     found, positive = [s["found"] for s in samples], [s["label"] for s in samples]
     hits = sum(f and p for f, p in zip(found, positive, strict=True))
     made["policy"] = {
@@ -155,6 +155,15 @@ def _calibrations(results: Sequence[dict[str, Any]], labels: str, max_false_posi
         "false_positives": (sum(found) - hits) / max(len(samples) - sum(positive), 1),
     }
     return made
+
+
+def _calibration(scores: list[float], labels: list[bool], max_false_positives: float) -> dict[str, Any] | None:
+    from kontext_train.safety.heads import calibration
+
+    try:
+        return calibration(scores, labels, max_false_positives)
+    except ValueError:  # what the rule sees is all of one class, or it tells nothing: no reason to lose the shards
+        return None
 
 
 def _write_lists(partial: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -329,6 +338,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if point:
             told = f"recall {point['recall']:.3f} precision {point['precision']:.3f}"
             print(f"  {name}: threshold {point['threshold']:.4f} has {told}")
+        elif made is None:
+            print(f"  {name}: no threshold, for no useful one was found on these labels")
     return 0
 
 

@@ -42,7 +42,7 @@ def train_probe(
         held_out: one sample in so many is kept for the threshold, by its key.
 
     Raises:
-        ValueError: a bad argument, or one of the classes is missing.
+        ValueError: a bad argument, a class is missing, or no threshold does on what the probe was not trained on.
         OSError: files could not be read or written.
     """
     import torch
@@ -66,7 +66,10 @@ def train_probe(
     weight_F, bias = fit_probe(mean_nF[train], torch.tensor(label)[train])
     head = Head("text" if on == "prompt" else "image", clip_digest(clip), None, weight_F, bias, None)
     held = [(head.score(tiles), is_one) for tiles, is_one, kept in zip(features, label, apart, strict=True) if kept]
-    made = calibration([score for score, _ in held], [is_one for _, is_one in held], max_false_positives)
+    try:
+        made = calibration([score for score, _ in held], [is_one for _, is_one in held], max_false_positives)
+    except ValueError as error:
+        raise ValueError(f"{out} is not written: of the samples kept apart, {error}") from error
     head.threshold = made["chosen"]["threshold"]
     save_head(out, head)
     report = {"labels": labels, "on": on, "trained_on": int(train.sum()), **made}

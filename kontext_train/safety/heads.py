@@ -123,14 +123,20 @@ class Operating:
 def operating_point(scores: Sequence[float], labels: Sequence[bool], max_false_positives: float) -> Operating:
     """The threshold with the highest recall among those that find at most that share of the others.
 
-    Between two neighbouring scores it stands half way: either side has room. ValueError if one class is missing.
+    Between two neighbouring scores it stands half way: either side has room. ValueError if one class is missing, or if
+    no such threshold finds anything.
     """
-    cuts = _cuts(scores, labels)
-    return max((c for c in cuts if c.false_positives <= max_false_positives), key=lambda c: (c.recall, c.threshold))
+    allowed = [cut for cut in _cuts(scores, labels) if cut.false_positives <= max_false_positives and cut.recall > 0]
+    if not allowed:
+        raise ValueError(
+            f"no threshold finds one of {int(np.sum(labels))} samples with the label and at most a share of "
+            f"{max_false_positives:g} of the {len(labels) - int(np.sum(labels))} others"
+        )
+    return max(allowed, key=lambda cut: (cut.recall, cut.threshold))
 
 
 def calibration(scores: Sequence[float], labels: Sequence[bool], max_false_positives: float) -> dict[str, Any]:
-    """The chosen operating point and the curve it was chosen from, as JSON has it."""
+    """The chosen operating point and the curve it was chosen from, as JSON has it. ValueError if there is none."""
     cuts = _cuts(scores, labels)
     shown = np.unique(np.linspace(0, len(cuts) - 1, _CURVE_POINTS).round().astype(int)).tolist()
     return {

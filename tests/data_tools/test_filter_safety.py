@@ -127,6 +127,18 @@ def test_calibration_says_what_thresholds_find(room: Path, planted: Path, tmp_pa
     assert report["calibration"]["policy"]["false_positives"] <= 0.02
 
 
+def test_labels_of_one_class_leave_a_rule_without_calibration(tmp_path: Path) -> None:
+    source = write_planted(tmp_path / "source", ["", "", "prompt"], 1, seed=8)
+    (tmp_path / "words.txt").write_text(f"{PHRASE}\n")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: words\nrules:\n  - {name: words, kind: words, list: words.txt, policy: drop}\n")
+    found = {"json.planted == 'prompt'": 1.0, "json.planted == 'nothing'": None, "json.planted != 'prompt'": None}
+    for number, (labels, recall) in enumerate(found.items()):  # the last: what it finds is never what has the label
+        report = filter_safety.filter_safety(source, tmp_path / str(number), policy, labels=labels)
+        words = report["calibration"]["words"]
+        assert (words and words["chosen"]["recall"]) == recall
+
+
 def test_a_scorer_that_fails_on_a_sample_quarantines_it(tmp_path: Path) -> None:
     """Whatever the rule's policy: an image that does not decode, an expression that cannot be worked out."""
     source = write_planted(tmp_path / "source", [""] * 6, 1, seed=4)
@@ -236,6 +248,20 @@ def test_a_probe_reads_prompts_too(room: Path, tmp_path: Path) -> None:
     assert report["chosen"]["false_positives"] <= 0.02
     with pytest.raises(ValueError, match="Both classes are needed"):
         train_probe.train_probe(labelled, room / "clip", "prompt", "len(prompt) > 0", tmp_path / "none.probe")
+
+
+def test_a_probe_that_tells_nothing_is_not_written(room: Path, tmp_path: Path) -> None:
+    """The prompts are the same on both sides of the label."""
+    rng = np.random.default_rng(7)
+    members = sample(rng, "")
+    prompts = [json.dumps({"prompt": "add a hat", "wanted": i % 2}).encode() for i in range(40)]
+    (tmp_path / "source").mkdir()
+    samples = [(f"{i:03d}", {**members, "json": prompt}) for i, prompt in enumerate(prompts)]
+    write_shard(tmp_path / "source" / "0.tar", samples)
+    build_index(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"a\.probe is not written: of the samples kept apart, no threshold finds"):
+        train_probe.train_probe(tmp_path / "source", room / "clip", "prompt", "json.wanted == 1", tmp_path / "a.probe")
+    assert not (tmp_path / "a.probe").exists()
 
 
 def test_what_shows_through_transparency_is_judged_and_labels_must_be_there(room: Path, tmp_path: Path) -> None:

@@ -202,3 +202,5 @@ def test_operating_points_are_counted() -> None:
     assert (loose.recall, loose.false_positives, loose.precision) == (1.0, 0.25, 0.8)
     with pytest.raises(ValueError, match="Both classes are needed"):
         operating_point(scores, [True] * 8, 0.1)
+    with pytest.raises(ValueError, match=r"no threshold finds one of 1 samples with .* 0 of the 2 others"):
+        operating_point([0.1, 0.9, 0.5], [True, False, False], 0.0)
