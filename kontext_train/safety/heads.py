@@ -20,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kontext_train.safety.rules import is_threshold
+from kontext_train.safety.rules import file_digest, is_threshold
 
 _METADATA_KEY = "kontext_train"
 _CURVE_POINTS = 33
+_CLIP_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+_CLIP_FILES += ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(slots=True)
@@ -48,11 +50,16 @@ class Head:
 
 
 def clip_digest(folder: Path) -> str:
-    """Names the weights of a CLIP folder."""
+    """Names a CLIP folder by all that its features come from: weights, configuration, preparation, tokenizer.
+
+    ValueError without weights in safetensors: there would be nothing to name.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} holds no *.safetensors. Save the model again with transformers' save_pretrained")
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for file in [*weights, *(folder / name for name in _CLIP_FILES if (folder / name).is_file())]:
+        digest.update(f"{file.name} {file_digest(file)} ".encode())
     return digest.hexdigest()
 
 

@@ -167,4 +167,5 @@ def _path(key: str, value: Any, folder: Path) -> Path:
 
 
 def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

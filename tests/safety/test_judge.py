@@ -1,11 +1,13 @@
 """Policies: what is wrong with one is said by key; what a rule says holds, of lists, hashes, heads and combinations."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
@@ -192,6 +194,35 @@ def test_a_folder_without_the_projection_is_refused(room: Path, tmp_path: Path) 
     CLIPVisionModel(CLIPVisionConfig(**options, image_size=32, patch_size=16)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks visual_projection"):
         ImageTower(tmp_path, CPU)
+
+
+def test_a_clip_folder_is_named_by_all_that_makes_its_features(room: Path, tmp_path: Path) -> None:
+    own = clip_digest(room / "clip")
+    shutil.copytree(room / "clip", tmp_path / "clip")
+    assert clip_digest(tmp_path / "clip") == own
+    (tmp_path / "clip" / "README.md").write_text("nothing to do with it")
+    assert clip_digest(tmp_path / "clip") == own
+    preparation = tmp_path / "clip" / "preprocessor_config.json"
+    for file in (tmp_path / "clip" / "config.json", preparation, tmp_path / "clip" / "tokenizer_config.json"):
+        before = clip_digest(tmp_path / "clip")
+        file.write_text((file.read_text() if file.is_file() else "{}") + "\n")
+        assert clip_digest(tmp_path / "clip") != before, file
+
+
+def test_a_clip_folder_without_safetensors_is_refused(room: Path, tmp_path: Path) -> None:
+    """Its digest would be that of nothing, and every such folder's the same."""
+    shutil.copytree(room / "clip", tmp_path / "clip")
+    weights = tmp_path / "clip" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "clip" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"clip holds no \*\.safetensors"):
+        clip_digest(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip is no CLIP model"):
+        ImageTower(tmp_path / "clip", CPU)
+    (tmp_path / "policy.yaml").write_text(f"name: p\nrules:\n  - {IMAGE}\n")
+    shutil.copy(room / "image.probe", tmp_path)
+    with pytest.raises(ConfigError, match=r"rules\.rules\[0\]=.*clip holds no \*\.safetensors"):
+        Judge(read_rules(tmp_path / "policy.yaml"), CPU)
 
 
 def test_operating_points_are_counted() -> None:
