@@ -242,8 +242,9 @@ def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[
             reason = f"the sample lacks {error}; has() asks for it"
             verdict.findings.append(Finding(rule.name, Policy.quarantine, "sample", None, 1.0, reason))
             continue
-        except ValueError as error:
-            verdict.findings.append(Finding(rule.name, Policy.quarantine, "sample", None, 1.0, str(error)))
+        except ValueError as error:  # its text may quote the prompt
+            reason = f"cannot be worked out ({type(error.__cause__ or error).__name__})"
+            verdict.findings.append(Finding(rule.name, Policy.quarantine, "sample", None, 1.0, reason))
             continue
         if holds:
             verdict.findings.append(Finding(rule.name, rule.policy, "sample", 1.0, 1.0))

@@ -169,8 +169,8 @@ class Judge:
 def _guarded(work: Callable[[], dict[str, float]]) -> dict[str, float] | str:
     try:
         return work()
-    except Exception as error:  # a scorer may fail in any way: it fails closed
-        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # a scorer may fail in any way: it fails closed. Its text may quote the prompt
+        return f"failed with {type(error).__name__}"
 
 
 def _together(rule: Rule, verdict: Verdict) -> float:

@@ -173,6 +173,9 @@ def test_metadata_that_lacks_quarantines_a_sample_unless_the_rule_asks(tmp_path:
         return report["dropped"], [line["key"] for line in lines(tmp_path / name / "quarantine.jsonl")]
 
     assert left_out("one", "json.source == 'forum' or json.age < 18") == (1, ["young"])
+    assert left_out("three", "has(json.source) and number(prompt) > 3") == (0, ["both", "fine"])
+    audit = lines(tmp_path / "three" / "audit.jsonl")
+    assert {line["reason"] for line in audit} == {"cannot be worked out (ValueError)"}  # its text quotes the prompt
     assert left_out("two", "(has(json.source) and json.source == 'forum') or json.age < 18") == (2, [])
 
 

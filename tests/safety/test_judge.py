@@ -144,8 +144,18 @@ def test_a_scorer_that_fails_blocks_and_spares_its_neighbours(room: Path) -> Non
     found = with_image.blocking()
     assert found is not None
     assert (found.policy.value, found.score) == ("quarantine", None)
-    assert "not finite" in found.reason
+    assert found.reason == "failed with ValueError"
     assert without.findings == []
+
+
+def test_a_failed_scorer_quotes_no_prompt(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: WordList, text: str) -> bool:
+        raise UnicodeError(f"cannot read {text}")
+
+    judged = judge(room, WORDS)
+    monkeypatch.setattr(WordList, "matches", fails)
+    (verdict,) = judged.judge([Subject("a secret", {})])
+    assert [finding.reason for finding in verdict.findings] == ["failed with UnicodeError"]
 
 
 def test_a_policy_is_named_by_what_it_decides_by(room: Path) -> None:
