@@ -31,6 +31,7 @@ class ImageTower:
         from transformers import CLIPVisionModelWithProjection  # seconds to import
 
         self.model = _loaded(CLIPVisionModelWithProjection, folder, device)
+        self.width = int(self.model.config.projection_dim)
         self.side = self.model.config.image_size
         self.device = device
         mean, std = _normalisation(folder)
@@ -56,6 +57,7 @@ class TextTower:
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # seconds to import
 
         self.model = _loaded(CLIPTextModelWithProjection, folder, device)
+        self.width = int(self.model.config.projection_dim)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokens = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
         self.device = device

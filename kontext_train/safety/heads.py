@@ -35,7 +35,14 @@ class Head:
     threshold: float | None  # None: nobody has calibrated it
     weight_F: Tensor | None
     bias: float
-    embeddings_nF: Tensor | None
+    embeddings_nF: Tensor | None  # unit vectors, or the score is no cosine
+
+    @property
+    def width(self) -> int:
+        """F, the features that it reads."""
+        rows = self.weight_F if self.embeddings_nF is None else self.embeddings_nF
+        assert rows is not None
+        return rows.shape[-1]
 
     def score(self, features_kF: Tensor) -> float:
         """The highest over tiles or windows. ValueError if it is not finite."""
@@ -74,17 +81,24 @@ def save_head(path: Path, head: Head) -> None:
 
 
 def load_head(path: Path) -> Head:
-    """ValueError if it was not written by `save_head`."""
+    """Embeddings are made unit vectors. ValueError for what `save_head` did not write, or what cannot score."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()[_METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        bias = float(tensors["bias"]) if "bias" in tensors else 0.0
-        if about["threshold"] is not None and not is_threshold(about["threshold"]):
-            raise ValueError(f"its threshold {about['threshold']!r} is not above 0 and at most 1")
-        parts = (tensors.get("weight"), bias, tensors.get("embeddings"))
-        return Head(about["tower"], about["clip"], about["threshold"], *parts)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        threshold = about["threshold"]
+        if threshold is not None and not is_threshold(threshold):
+            raise ValueError(f"its threshold {threshold!r} is not above 0 and at most 1")
+        if tensors.keys() not in ({"weight", "bias"}, {"embeddings"}):
+            raise ValueError(f"it holds {sorted(tensors)}")
+        if "weight" in tensors:
+            return Head(about["tower"], about["clip"], threshold, tensors["weight"], float(tensors["bias"]), None)
+        embeddings_nF = tensors["embeddings"]
+        length_n = embeddings_nF.norm(dim=-1)
+        if embeddings_nF.ndim != 2 or not len(length_n) or not ((length_n > 0) & length_n.isfinite()).all():
+            raise ValueError("its embeddings are not rows of finite numbers that are not all 0")
+        return Head(about["tower"], about["clip"], threshold, None, 0.0, embeddings_nF / length_n[:, None])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no head of train_probe ({type(error).__name__}: {error})") from error
 
 

@@ -109,8 +109,11 @@ class Judge:
         if threshold is None:
             rule_text = "must be given: its head was not calibrated"
             raise ConfigError(f"{key}.threshold", None, rule_text, "filter_safety --labels proposes one")
+        features = _tower(tower, rule.clip, self._device).width  # loaded now, not at the first sample
+        if head.width != features:
+            hint = "Fit it again: python -m data_tools.train_probe --help"
+            raise ConfigError(f"{key}.head", str(rule.head), f"reads {head.width} features of {features}", hint)
         self._heads[rule.name], self._thresholds[rule.name] = head, threshold
-        _tower(tower, rule.clip, self._device)  # now, not at the first sample
 
     def judge(self, subjects: Sequence[Subject]) -> list[Verdict]:
         """One verdict a subject, in order."""

@@ -91,6 +91,34 @@ def test_a_head_with_such_a_threshold_is_refused(room: Path, tmp_path: Path, thr
         load_head(tmp_path / "a.probe")
 
 
+def test_concepts_score_by_cosine_whatever_their_length(room: Path) -> None:
+    """Longer than 1 they would score above 1, and find everything that is a little like them."""
+    image = picture(np.random.default_rng(1)).resize((32, 32))
+    (feature,) = ImageTower(room / "clip", CPU).features([image])
+    other_F = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+    concepts = torch.stack([-5 * feature[0], 100 * other_F])
+    save_head(room / "concepts.head", Head("image", clip_digest(room / "clip"), None, None, 0.0, concepts))
+    rule = IMAGE.replace("image.probe", "concepts.head").replace("policy", "threshold: 1, policy")
+    (verdict,) = judge(room, rule).judge([Subject(None, {"target": image})])
+    assert verdict.findings == []
+    assert verdict.scores["i"]["target"] == pytest.approx(float(feature[0] @ other_F), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "told"),
+    [
+        (torch.ones(2, 64), r"head='.*concepts\.head': reads 64 features of 128"),
+        (torch.stack([torch.ones(128), torch.zeros(128)]), "its embeddings are not rows of finite numbers"),
+        (torch.ones(128), "its embeddings are not rows"),
+        (torch.full((1, 128), float("inf")), "its embeddings are not rows of finite numbers"),
+    ],
+)
+def test_concepts_that_cannot_score_are_refused(room: Path, embeddings: torch.Tensor, told: str) -> None:
+    save_head(room / "concepts.head", Head("image", clip_digest(room / "clip"), 0.5, None, 0.0, embeddings))
+    with pytest.raises(ConfigError, match=told):
+        judge(room, IMAGE.replace("image.probe", "concepts.head"))
+
+
 def test_names_are_used_once(room: Path) -> None:
     with pytest.raises(ConfigError, match=r"rules\[1\]\.name='w': must be a name that no other rule has"):
         judge(room, WORDS, WORDS)
