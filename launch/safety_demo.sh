@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Red circles are erased from the quickstart's model, with and without an adversary in training, and then attacked:
-# outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
+# Recolouring to a red circle is suppressed in the quickstart's model, with and without an adversary in training, and
+# then attacked: outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
 #   RUN     the model to start from (default: the quickstart's, which is trained first if it is not there)
 #   SHARDS  ordinary samples (default: the quickstart's)
 #   SCENARIOS  how many are attacked (default: 192)

@@ -24,8 +24,10 @@ from kontext_train.safety.rules import file_digest, is_threshold
 
 _METADATA_KEY = "kontext_train"
 _CURVE_POINTS = 33
-_CLIP_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-_CLIP_FILES += ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_CLIP_FILES = (
+    *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 @dataclass(slots=True)
