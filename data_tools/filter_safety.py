@@ -139,7 +139,6 @@ def _report(policy: Rules, index: ShardIndex, results: Sequence[dict[str, Any]],
 
 def _calibrations(results: Sequence[dict[str, Any]], labels: str, max_false_positives: float) -> dict[str, Any]:
     """For each rule with scores: its operating points, or null without any; and what the policy as a whole finds."""
-
     samples = [sample for result in results for sample in result["scores"]]
     names = sorted({name for sample in samples for name in sample["scores"]})
     made: dict[str, Any] = {"labels": labels}

@@ -83,11 +83,8 @@ def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     logging.set_verbosity_error()  # a folder of both towers has weights that one of them does not take
     logging.disable_progress_bar()
     try:
-        options = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "dtype": torch.float32,
-        }  # as clip_digest
+        # safetensors alone, for `clip_digest` reads no other weights
+        options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # transformers raises many kinds for a folder that is no model
         raise ValueError(f"{folder} is no CLIP model ({type(error).__name__}: {error})") from error
