@@ -21,6 +21,7 @@ from kontext_train.evaluation.metrics.base import Metric, SetMetric, Shown, Unme
 from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json
 
 ALL = "all"  # pairs, whatever their category
+UNSEEN = "was not measured yet; score again"
 SET_DRAWS = 50  # of set metrics: each draw is a matrix decomposition
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -47,8 +48,18 @@ def scores_file(results: Results, name: str) -> Path:
 
 
 def read_scores(results: Results) -> dict[str, dict[str, Any]]:
-    """All that was measured, by metric."""
-    return {f.stem: json.loads(f.read_text()) for f in sorted((results.folder / "scores").glob("*.json"))}
+    """What was measured of the images that are there now, by metric. An image that no score has seen has failed."""
+    missing = not_made(results)
+    there = [name for case, seed in results.images() if (name := image_id(case.key, seed)) not in missing]
+    found = {}
+    for file in sorted((results.folder / "scores").glob("*.json")):
+        scores = json.loads(file.read_text())
+        values, failed = scores["values"], scores["failed"]
+        found[file.stem] = scores | {
+            "values": {name: values[name] for name in there if name in values},
+            "failed": {name: failed.get(name, UNSEEN) for name in there if name not in values},
+        }
+    return found
 
 
 def _made(results: Results, missing: dict[str, str]) -> list[str]:
@@ -151,16 +162,17 @@ def summarise(results: Results) -> dict[str, Any]:
         for number, better in scores["numbers"].items():
             by_category: dict[str, list[tuple[str, float]]] = {}
             for image, values in scores["values"].items():
-                if number in values and image in cases:
-                    case = cases[image]
-                    for category in (case.category,) if case.turn else (case.category, ALL):
-                        by_category.setdefault(category, []).append((case.base, values[number]))
+                if number not in values:
+                    continue
+                case = cases[image]
+                for category in (case.category,) if case.turn else (case.category, ALL):
+                    by_category.setdefault(category, []).append((case.base, values[number]))
             estimates = {category: bootstrap.mean(found) for category, found in by_category.items()}
             numbers[number] = {
                 "metric": name,
                 "about": scores["about"],
                 "better": better,
-                "failed": {image: why for image, why in scores["failed"].items() if image in cases},
+                "failed": scores["failed"],
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
     numbers |= _read_sets(results)

@@ -107,6 +107,32 @@ def test_a_stop_keeps_what_was_measured(results: Results) -> None:
     assert set(json.loads(scores_file(results, "told").read_text())["values"]) == {"0000@0", "0001@0", "0002@0"}
 
 
+class Other(Told):
+    name = "other"
+    numbers: ClassVar[Mapping[str, Better]] = {"other": Better.higher}
+
+    def measure(self, shown: Shown) -> dict[str, float]:
+        return {"other": super().measure(shown)["told"]}
+
+
+def test_what_an_earlier_metric_measured_is_of_the_images_that_are_there_now(results: Results) -> None:
+    score(results, [Told(number)])
+    results.image("0005", 0).unlink()
+    summary = score(results, [Other(number)])
+    for name in ("told", "other"):
+        assert summary["numbers"][name]["categories"]["all"]["n"] == 7
+        assert summary["numbers"][name]["failed"] == {}, "what was not made is named as that"
+    folder = results.benchmark.folder
+    make(Inverter(), folder, results.folder, MakingConfig(seeds=2, at_once=4))
+    summary = score(open_results(results.folder), [Other(number)])
+    assert summary["numbers"]["other"]["categories"]["all"]["n"] == 16
+    told = summary["numbers"]["told"]
+    assert told["categories"]["all"]["n"] == 8, "the image of before is there again"
+    assert len(told["failed"]) == 10
+    assert told["failed"]["0003@1"] == "was not measured yet; score again"
+    assert "failed on 10" in table(summary)
+
+
 class Mean:
     """A distance between sets: of their mean brightness."""
 
