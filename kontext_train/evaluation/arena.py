@@ -145,11 +145,11 @@ def _scored(votes: Sequence[dict[str, Any]]) -> list[Vote]:
 
 def _comparisons(models: Sequence[Results], seed: int) -> list[Comparison]:
     """Of single edits: every image with every two models that made it, in an order of chance, sides by chance."""
+    asked = [{image_id(case.key, seed): (case, seed) for case, seed in model.images()} for model in models]
     missing = [not_made(model) for model in models]
     found = []
-    for case, image_seed in models[0].images():
-        name = image_id(case.key, image_seed)
-        made = [i for i, model in enumerate(models) if image_seed < model.seeds and name not in missing[i]]
+    for name, (case, image_seed) in {name: image for images in asked for name, image in images.items()}.items():
+        made = [i for i in range(len(models)) if name in asked[i] and name not in missing[i]]
         for a, b in combinations([] if case.turn else made, 2):
             left, right = (a, b) if key_of("side", seed, name, a, b) % 2 else (b, a)
             files = (models[i].image(case.key, image_seed) for i in (left, right))

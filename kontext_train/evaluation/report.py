@@ -14,8 +14,8 @@ from typing import Any
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import Case
-from kontext_train.evaluation.results import SUMMARY, Results, image_id, not_made
-from kontext_train.evaluation.scoring import read_scores
+from kontext_train.evaluation.results import Results, image_id, not_made
+from kontext_train.evaluation.scoring import read_scores, summarise
 
 PAGES = files("kontext_train.evaluation") / "pages"
 
@@ -51,7 +51,9 @@ def check_comparable(models: Sequence[Results]) -> list[str]:
 
 def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict[str, Any]:
     """All that the page shows, as JSON. Images are put below `out`."""
-    summaries = [_summary(model) for model in models]
+    for model in models:
+        _check_measured(model)
+    summaries = [summarise(model) for model in models]  # not summary.json: images may have come or gone since
     values, missing = [_values(model) for model in models], [not_made(model) for model in models]
     cases = {image_id(case.key, seed): (case, seed) for model in models for case, seed in model.images()}
     return {
@@ -72,12 +74,10 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
     }
 
 
-def _summary(model: Results) -> dict[str, Any]:
-    file = model.folder / SUMMARY
-    if not file.is_file():
-        rule = "was not measured: it has no summary.json"
+def _check_measured(model: Results) -> None:
+    if not any(model.folder.glob("scores/*.json")) and not any(model.folder.glob("sets/*.json")):
+        rule = "was not measured: it has no scores"
         raise ConfigError("results", str(model.folder), rule, f"kontext-evaluate score results={model.folder}")
-    return json.loads(file.read_text())
 
 
 def _values(model: Results) -> dict[str, dict[str, float]]:

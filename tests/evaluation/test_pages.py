@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.arena import Arena, arena_server
-from kontext_train.evaluation.config import ArenaConfig
+from kontext_train.evaluation.config import ArenaConfig, MakingConfig
 from kontext_train.evaluation.metrics.pixels import Pixels
-from kontext_train.evaluation.report import write_report
+from kontext_train.evaluation.report import gathered, write_report
 from kontext_train.evaluation.results import Results, open_results
 from kontext_train.evaluation.scoring import score
 from quickstart.benchmark import Exact, StandIn, make_stand_in, write_benchmark
@@ -185,6 +185,16 @@ def test_instructions_are_text_and_never_markup(tmp_path: Path, page: Page) -> N
     assert page.title() == "hats: <b>bold</b>"
 
 
+def test_a_report_is_of_the_images_of_now(tmp_path: Path) -> None:
+    make(Inverter(), benchmark(tmp_path / "b", [line(i) for i in range(3)]), tmp_path / "out")
+    score(open_results(tmp_path / "out"), [Pixels()])
+    (tmp_path / "out" / "images" / "seed_0" / "0001.png").unlink()
+    (tmp_path / "report").mkdir()
+    (model,) = gathered([open_results(tmp_path / "out")], ["out"], tmp_path / "report")["models"]
+    assert model["not_made"] == {"0001@0": "its file is gone"}
+    assert model["numbers"]["colour_shift"]["categories"]["all"]["n"] == 2
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: list[Results]) -> None:
     folder = benchmark(tmp_path / "b", [line(0)])
     make(Inverter(), folder, tmp_path / "out")
@@ -193,7 +203,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: list[Results
         write_report([models[0], other], tmp_path / "report")
     with pytest.raises(ConfigError, match=r"need names that differ; they are truth, truth"):
         write_report([models[0], models[0]], tmp_path / "report")
-    with pytest.raises(ConfigError, match=r"was not measured: it has no summary\.json"):
+    with pytest.raises(ConfigError, match=r"was not measured: it has no scores"):
         write_report([other], tmp_path / "report")
 
 
@@ -273,6 +283,20 @@ def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_pa
     assert 0.25 < lefts / len(one) < 0.75
     assert not any("turn" in c.name for c in one)
     assert not any("recolour_0000@0" in c.name and 1 in (c.left, c.right) for c in one), "the copy's image is gone"
+
+
+def test_only_images_that_both_were_asked_for_are_compared(tmp_path: Path) -> None:
+    rows = [line(0), line(1), line(2), line(3, "coats")]
+    folder = benchmark(tmp_path / "b", rows)
+    few, all_of_it, two_seeds = MakingConfig(per_category=1), MakingConfig(), MakingConfig(seeds=2, per_category=2)
+    found = []
+    for name, making in (("a", few), ("b", all_of_it), ("c", two_seeds)):
+        make(Inverter(), folder, tmp_path / name, making)
+        found.append(open_results(tmp_path / name))
+    comparisons = Arena(found, tmp_path / "votes.jsonl", seed=0).comparisons
+    assert all(c.left_file.is_file() and c.right_file.is_file() for c in comparisons)
+    names = {name for image in ("0000@0", "0003@0") for name in (f"{image}:0-1", f"{image}:0-2", f"{image}:1-2")}
+    assert {c.name for c in comparisons} == names | {"0001@0:1-2"}, "the first model's slice is not the arena's"
 
 
 def test_every_comparison_ends_with_ratings(served: tuple[Arena, str], page: Page) -> None:
