@@ -3,17 +3,21 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
+from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.config import MakingConfig
+from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
+from kontext_train.evaluation.in_training import BenchmarkSlice
 from kontext_train.evaluation.metrics.base import Better, Shown, Unmeasured
 from kontext_train.evaluation.results import Results, image_id, open_results
 from kontext_train.evaluation.scoring import score, scores_file, table
+from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from tests.evaluation.cases import Inverter, benchmark, line, make
 
 
@@ -187,3 +191,32 @@ def test_the_mean_weighs_images_and_repeats() -> None:
     median = bootstrap.of_sample([1.0, 2.0, 9.0], np.median)
     assert median is not None
     assert (median.value, median.low, median.high) == (2.0, 1.0, 9.0)
+
+
+def sliced(folder: Path, best_by: str) -> BenchmarkSlice:
+    nothing: Any = None
+    return BenchmarkSlice(
+        InTrainingConfig(benchmark=str(folder)),
+        nothing,
+        SamplerConfig(),
+        ShiftConfig(),
+        Inverter.transform,
+        best_by=best_by,
+        guidance_embed=False,
+        world=World(0, 1, torch.device("cpu"), nothing, None, 1),
+        run_dir=folder,
+    )
+
+
+def test_best_by_is_a_number_that_the_benchmark_gives(tmp_path: Path) -> None:
+    chain = {"key": "c", "file_name": "images/c.png", "instructions": ["a", "b"], "home": True}
+    bare = benchmark(tmp_path / "bare", [line(0), line(1, file_name=None)], [chain])
+    for number in ("untouched_mae", "target_mae", "cycle_mae", "cycle_mae/turn_1", "colour_shift/turn_3"):
+        with pytest.raises(ConfigError, match=rf"checkpoint\.best_by='benchmark/{number}': would never be known"):
+            sliced(bare, f"benchmark/{number}")
+    with pytest.raises(ConfigError, match=r"of the 2 pairs in the slice, none has what untouched_mae needs"):
+        sliced(bare, "benchmark/untouched_mae")
+    for number in ("validation/loss", "benchmark/colour_shift", "benchmark/cycle_mae/turn_2"):
+        sliced(bare, number)
+    masked = benchmark(tmp_path / "masked", [line(0, mask_file_name="images/mask.png")])
+    sliced(masked, "benchmark/untouched_mae")
