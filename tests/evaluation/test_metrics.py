@@ -463,6 +463,7 @@ class Judge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Asked)
         self.answers: list[str | int] = []  # in turn, the last for ever; a number is an HTTP status
         self.requests: list[tuple[dict[str, Any], str | None]] = []
+        self.released = threading.Event()  # those whom "nothing" answers
 
 
 class _Asked(BaseHTTPRequestHandler):
@@ -479,8 +480,14 @@ class _Asked(BaseHTTPRequestHandler):
             self.send_error(answer if isinstance(answer, int) else 404)
             return
         raw = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+        if answer == "no status":
+            self.wfile.write(b"?\r\n\r\n")
+            return
+        if answer == "nothing":
+            self.server.released.wait()
+            return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("Content-Length", str(len(raw) + 10 * (answer == "cut")))
         self.end_headers()
         self.wfile.write(raw)
 
@@ -490,6 +497,7 @@ def judge() -> Iterator[Judge]:
     server = Judge()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
 
@@ -529,6 +537,8 @@ def test_a_judge_sees_both_images_and_its_marks_are_taken(
         (['{"follows": true, "keeps": 1}'], r"the judge's follows is True"),
         ([401], r"does not answer \(HTTP 401\)"),
         ([503, 503, 503], r"does not answer \(HTTP 503\)"),
+        (["cut", "cut", "cut"], r"does not answer \(IncompleteRead"),
+        (["no status", "no status", "no status"], r"does not answer \(BadStatusLine"),
     ],
 )
 def test_an_answer_that_is_none_is_told(
@@ -536,7 +546,7 @@ def test_an_answer_that_is_none_is_told(
 ) -> None:
     with pytest.raises(Unmeasured, match=message):
         ask(*answers, context=noise(1))
-    assert len(judge.requests) == (3 if answers[0] == 503 else 1), "only what may pass is asked again"
+    assert len(judge.requests) == len(answers), "only what may pass is asked again"
 
 
 def test_a_busy_judge_is_asked_again(ask: Callable[..., dict[str, float]], judge: Judge) -> None:
@@ -545,6 +555,13 @@ def test_a_busy_judge_is_asked_again(ask: Callable[..., dict[str, float]], judge
     judge.server_close()
     with pytest.raises(Unmeasured, match=r"does not answer \(\w+"):
         ask("{}", context=noise(1))
+
+
+def test_a_judge_that_is_silent_is_not_waited_for(judge: Judge, tmp_path: Path) -> None:
+    config = VlmConfig(url=f"http://127.0.0.1:{judge.server_port}/v1", model="judge-1", retries=0, timeout_s=0.2)
+    judge.answers = ["nothing"]
+    with pytest.raises(Unmeasured, match=r"does not answer \(TimeoutError"):
+        Vlm(config).measure(shown(tmp_path, noise(0)))
 
 
 # What is not there ----------------------------------------------------------------------------------------------------
