@@ -59,9 +59,10 @@ class Arena:
 
     def _read(self) -> None:
         known = {comparison.name for comparison in self.comparisons}
-        for number, line in enumerate(self.file.read_text().splitlines() if self.file.is_file() else [], start=1):
+        lines = self.file.read_bytes().removesuffix(b"\n").split(b"\n") if self.file.is_file() else []
+        for number, line in enumerate(lines if lines != [b""] else [], start=1):
             try:
-                vote = json.loads(line)
+                vote = _parsed(line)
                 name, theirs = vote["comparison"], vote["models"]
             except (ValueError, KeyError, TypeError) as error:
                 rule = f"line {number} is no vote ({error!r})"
@@ -136,6 +137,22 @@ class Arena:
             "total": len(self.comparisons),
             "votes": given,
         }
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A vote, or one taken back, with all its fields. Raises ValueError, KeyError or TypeError."""
+    vote = json.loads(line)
+    fields = ("comparison",) if vote["winner"] is None else ("comparison", "left", "right", "base", "category")
+    wrong = [name for name in fields if not isinstance(vote[name], str)]
+    if vote["winner"] not in (None, *SCORES):
+        wrong.append("winner")
+    if not isinstance(vote["models"], list) or not all(isinstance(model, str) for model in vote["models"]):
+        wrong.append("models")
+    elif vote["winner"] is not None:
+        wrong += [side for side in ("left", "right") if vote[side] not in vote["models"]]
+    if wrong:
+        raise ValueError(", ".join(f"{name} {vote[name]!r}" for name in wrong))
+    return vote
 
 
 def _scored(votes: Sequence[dict[str, Any]]) -> list[Vote]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
@@ -92,12 +93,18 @@ def _values(model: Results) -> dict[str, dict[str, float]]:
 def _differences(
     models: Sequence[Results], summaries: Sequence[dict[str, Any]], values: Sequence[dict[str, dict[str, float]]]
 ) -> list[dict[str, Any]]:
-    """Of each model to the first, over the pairs that both have: an interval without 0 tells them apart."""
+    """Of each model to the first, over the pairs that both have: an interval without 0 tells them apart.
+
+    None where they share no pair, or where two models of a metric gave the numbers.
+    """
     bases = {image_id(case.key, seed): case for model in models for case, seed in model.images() if not case.turn}
     found = []
-    for own in values:
-        differences = {}
-        for number in summaries[0]["numbers"]:
+    for own, summary in zip(values, summaries, strict=True):
+        differences: dict[str, dict[str, Any] | None] = {}
+        for number, first in summaries[0]["numbers"].items():
+            if summary["numbers"].get(number, first)["about"] != first["about"]:
+                differences[number] = None  # by two models of a metric: the page names both
+                continue
             pairs = [
                 (case.base, own[image][number] - values[0][image][number])
                 for image, case in bases.items()
@@ -149,4 +156,4 @@ def _placed(file: Path, out: Path, name: str) -> str:
             os.link(file, place)
         except OSError:
             shutil.copyfile(file, place)
-    return f"images/{name}"
+    return f"images/{quote(name)}"  # a key may have "#", "?" or "%"
