@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _LPIPS
@@ -39,6 +41,7 @@ from kontext_train.evaluation.metrics.vlm import Vlm
 from tests.runs import ENCODERS
 
 CPU = torch.device("cpu")
+META = {"format": "pt"}  # transformers asks for it
 
 
 def noise(seed: int, height: int = 96, width: int = 128) -> Image.Image:
@@ -231,15 +234,19 @@ def test_the_aesthetic_head_is_its_linear_layers(clip: str, tmp_path: Path) -> N
         Aesthetic(embedder, str(file))
 
 
-def test_dino_compares_class_tokens(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
-    model = Dinov2Model(
-        Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    ).eval()
-    model.save_pretrained(tmp_path / "dino")
-    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(tmp_path / "dino")
-    metric = Dino(str(tmp_path / "dino"), CPU)
+    folder = tmp_path_factory.mktemp("dino")
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_dino_compares_class_tokens(dino: str, tmp_path: Path) -> None:
+    model, processor = Dinov2Model.from_pretrained(dino).eval(), CLIPImageProcessor.from_pretrained(dino)
+    metric = Dino(dino, CPU)
     a, b = noise(0), noise(1)
     with torch.no_grad():
         pooled = [model(processor(images=i, return_tensors="pt")["pixel_values"]).pooler_output[0] for i in (a, b)]
@@ -247,6 +254,29 @@ def test_dino_compares_class_tokens(tmp_path: Path) -> None:
     assert metric.measure(shown(tmp_path, a, context=b)) == {"dino_image": pytest.approx(expected, abs=1e-5)}
     assert metric.measure(shown(tmp_path, a, context=a)) == {"dino_image": pytest.approx(1)}
     assert metric.measure(shown(tmp_path, a)) == {}
+
+
+@pytest.mark.parametrize("key", ["clip", "dino"])
+def test_weights_are_whole_or_refused(key: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = tmp_path / key
+    shutil.copytree(request.getfixturevalue(key), folder)
+    options = MetricsConfig(**{key: str(folder)})
+    (_, metric), _ = build_metrics(options)
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (_, same), _ = build_metrics(options)
+    assert len({metric.about, same.about}) == 2, "the digest is of the file that is there"
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match=rf"metrics\.{key}=.*: it holds no weights"):
+        build_metrics(options)
+    lost = sorted(state)[-1]
+    save_file({name: value for name, value in state.items() if name != lost}, folder / "model.safetensors", META)
+    with pytest.raises(ConfigError, match=rf"its weights lack 1 tensors \({re.escape(lost)}\)"):
+        build_metrics(options)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        build_metrics(options)
 
 
 # Distances between sets -----------------------------------------------------------------------------------------------
