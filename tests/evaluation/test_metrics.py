@@ -38,6 +38,9 @@ from kontext_train.evaluation.metrics.lpips import Lpips, alexnet_features
 from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_text
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.metrics.vlm import Vlm
+from kontext_train.evaluation.results import open_results
+from kontext_train.evaluation.scoring import score
+from quickstart.benchmark import StandIn, make_stand_in, write_benchmark
 from tests.runs import ENCODERS
 
 CPU = torch.device("cpu")
@@ -334,6 +337,58 @@ def test_inception_is_a_torchscript_file(tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"metrics\.inception=.*is no TorchScript file"):
         distribution.Inception(str(tmp_path / "broken.pt"), CPU)
+
+
+# Models of known quality ----------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """Features of any image: its mean colours on a grid of 4 x 4."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images.to(torch.float64) / 64, 4).flatten(1)
+
+
+Means = dict[StandIn, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def means(alexnet: str, clip: str, dino: str, tmp_path_factory: pytest.TempPathFactory) -> Means:
+    """Every number over all pairs of the scenes, of models whose quality is known."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    torch.jit.script(Pooled()).save(str(folder / "inception.pt"))
+    write_benchmark(folder / "scenes", samples=12, chains=0)
+    options = {"lpips": alexnet, "clip": clip, "dino": dino, "inception": str(folder / "inception.pt"), "cmmd": True}
+    metrics, sets = build_metrics(MetricsConfig(**options))
+    found: Means = {}
+    for kind in StandIn:
+        results = open_results(make_stand_in(kind, folder / "scenes", folder / kind.value))
+        real = str(folder / "truth" / "images" / "seed_0")
+        numbers = score(results, metrics, sets, real)["numbers"]
+        found[kind] = {name: numbers[name]["categories"]["all"]["value"] for name in numbers}
+    return found
+
+
+@pytest.mark.parametrize("number", ["lpips_target", "fid", "kid", "cmmd"])
+def test_the_truth_is_nearest_to_itself(means: Means, number: str) -> None:
+    found = {kind: means[kind][number] for kind in StandIn}
+    if number != "kid":  # unbiased, so below 0 for one set twice
+        assert found[StandIn.TRUTH] == pytest.approx(0, abs=1e-6)
+    bad = [found[kind] for kind in (StandIn.COPY, StandIn.NOISE, StandIn.OTHER)]
+    if number == "lpips_target":  # of pairs; to random layers another scene may be farther than noise
+        assert found[StandIn.TRUTH] < min(bad)
+    else:  # of sets, which another pair's answers leave nearly as they are
+        assert abs(found[StandIn.OTHER] - found[StandIn.TRUTH]) < found[StandIn.COPY] - found[StandIn.TRUTH]
+        assert found[StandIn.COPY] < found[StandIn.NOISE]
+
+
+@pytest.mark.parametrize("number", ["lpips_image", "lpips_untouched", "clip_image", "dino_image"])
+def test_a_copy_is_nearest_to_its_context_and_another_answer_is_far(means: Means, number: str) -> None:
+    sign, best = (1, 0) if number.startswith("lpips") else (-1, 1)
+    assert means[StandIn.COPY][number] == pytest.approx(best, abs=1e-6)
+    far = {kind: sign * (means[kind][number] - best) for kind in StandIn}
+    assert far[StandIn.TRUTH] < min(far[StandIn.OTHER], far[StandIn.NOISE])
+    assert (far[StandIn.TRUTH] == 0) == (number == "lpips_untouched"), "only what is masked is blind to the edit"
 
 
 # Faces ----------------------------------------------------------------------------------------------------------------
