@@ -20,13 +20,13 @@ from kontext_train.data.encode import Encoders
 from kontext_train.data.transforms import Transform, load_image
 from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.benchmark import Benchmark, Case, files_of, read_benchmark
+from kontext_train.evaluation.benchmark import ALL, Benchmark, Case, files_of, read_benchmark
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.make_images import request_seed, settings_of
 from kontext_train.evaluation.metrics.base import Metric, Shown, Unmeasured
 from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.results import claim, image_file, open_results, write_json
-from kontext_train.evaluation.scoring import ALL, score
+from kontext_train.evaluation.scoring import score
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.training.pictures import save_grid

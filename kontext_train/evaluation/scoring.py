@@ -15,12 +15,11 @@ import numpy as np
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.benchmark import some
+from kontext_train.evaluation.benchmark import ALL, some
 from kontext_train.evaluation.bootstrap import LEVELS, Estimate
 from kontext_train.evaluation.metrics.base import Metric, SetMetric, Shown, Unmeasured, open_rgb
 from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json
 
-ALL = "all"  # pairs, whatever their category
 UNSEEN = "was not measured yet; score again"
 SET_DRAWS = 50  # of set metrics: each draw is a matrix decomposition
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
