@@ -365,6 +365,9 @@ def means(alexnet: str, clip: str, dino: str, tmp_path_factory: pytest.TempPathF
         results = open_results(make_stand_in(kind, folder / "scenes", folder / kind.value))
         real = str(folder / "truth" / "images" / "seed_0")
         numbers = score(results, metrics, sets, real)["numbers"]
+        for number in ("fid", "kid", "cmmd"):
+            estimate = numbers[number]["categories"]["all"]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
         found[kind] = {name: numbers[name]["categories"]["all"]["value"] for name in numbers}
     return found
 

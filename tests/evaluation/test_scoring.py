@@ -15,6 +15,7 @@ from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.in_training import BenchmarkSlice
 from kontext_train.evaluation.metrics.base import Better, Shown, Unmeasured
+from kontext_train.evaluation.metrics.distribution import kernel_distance
 from kontext_train.evaluation.results import Results, image_id, open_results
 from kontext_train.evaluation.scoring import score, scores_file, table
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
@@ -220,3 +221,21 @@ def test_best_by_is_a_number_that_the_benchmark_gives(tmp_path: Path) -> None:
         sliced(bare, number)
     masked = benchmark(tmp_path / "masked", [line(0, mask_file_name="images/mask.png")])
     sliced(masked, "benchmark/untouched_mae")
+
+
+def test_intervals_of_sets_hold_their_value() -> None:
+    """A jackknife of a mean is the mean's own standard error; a bootstrap's repeated images move KID off its value."""
+    values = np.random.default_rng(0).normal(size=40)
+    found = bootstrap.jackknife(values.mean(), [np.delete(values, i).mean() for i in range(40)], 40)
+    assert found.high is not None
+    assert found.high - found.value == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(40))
+    rng = np.random.default_rng(1)
+    made_ND, real_MD = rng.normal(size=(60, 64)), rng.normal(size=(100, 64))
+    value = kernel_distance(made_ND, real_MD)
+    parts = [kernel_distance(np.delete(made_ND, range(i, 60, 20), 0), real_MD) for i in range(20)]
+    estimate = bootstrap.jackknife(value, parts, 60)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert estimate.low < value < estimate.high
+    draws = [kernel_distance(made_ND[rng.integers(0, 60, 60)], real_MD) for _ in range(50)]
+    assert np.percentile(draws, 2.5) > value
