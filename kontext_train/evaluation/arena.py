@@ -59,9 +59,10 @@ class Arena:
 
     def _read(self) -> None:
         known = {comparison.name for comparison in self.comparisons}
-        for number, line in enumerate(self.file.read_text().splitlines() if self.file.is_file() else [], start=1):
+        lines = self.file.read_bytes().removesuffix(b"\n").split(b"\n") if self.file.is_file() else []
+        for number, line in enumerate(lines if lines != [b""] else [], start=1):
             try:
-                vote = json.loads(line)
+                vote = _parsed(line)
                 name, theirs = vote["comparison"], vote["models"]
             except (ValueError, KeyError, TypeError) as error:
                 rule = f"line {number} is no vote ({error!r})"
@@ -138,6 +139,22 @@ class Arena:
         }
 
 
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A vote, or one taken back, with all its fields. Raises ValueError, KeyError or TypeError."""
+    vote = json.loads(line)
+    fields = ("comparison",) if vote["winner"] is None else ("comparison", "left", "right", "base", "category")
+    wrong = [name for name in fields if not isinstance(vote[name], str)]
+    if vote["winner"] not in (None, *SCORES):
+        wrong.append("winner")
+    if not isinstance(vote["models"], list) or not all(isinstance(model, str) for model in vote["models"]):
+        wrong.append("models")
+    elif vote["winner"] is not None:
+        wrong += [side for side in ("left", "right") if vote[side] not in vote["models"]]
+    if wrong:
+        raise ValueError(", ".join(f"{name} {vote[name]!r}" for name in wrong))
+    return vote
+
+
 def _scored(votes: Sequence[dict[str, Any]]) -> list[Vote]:
     scored = ((vote, SCORES[vote["winner"]]) for vote in votes)
     return [Vote(vote["left"], vote["right"], score, vote["base"]) for vote, score in scored if score is not None]
@@ -145,11 +162,11 @@ def _scored(votes: Sequence[dict[str, Any]]) -> list[Vote]:
 
 def _comparisons(models: Sequence[Results], seed: int) -> list[Comparison]:
     """Of single edits: every image with every two models that made it, in an order of chance, sides by chance."""
+    asked = [{image_id(case.key, seed): (case, seed) for case, seed in model.images()} for model in models]
     missing = [not_made(model) for model in models]
     found = []
-    for case, image_seed in models[0].images():
-        name = image_id(case.key, image_seed)
-        made = [i for i, model in enumerate(models) if image_seed < model.seeds and name not in missing[i]]
+    for name, (case, image_seed) in {name: image for images in asked for name, image in images.items()}.items():
+        made = [i for i in range(len(models)) if name in asked[i] and name not in missing[i]]
         for a, b in combinations([] if case.turn else made, 2):
             left, right = (a, b) if key_of("side", seed, name, a, b) % 2 else (b, a)
             files = (models[i].image(case.key, image_seed) for i in (left, right))

@@ -10,6 +10,7 @@ docs/evaluation.md. Names and counts of the release: huggingface.co/datasets/bla
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KONTEXT_BENCH = {
     "Text Editing": 92,
     "Style Reference": 63,
 }
+ALL = "all"  # pairs, whatever their category
 SHOWN = 5  # names in a message
 GET_IT = "Download all of it again, with its images (Git LFS or xet)"
 
@@ -127,10 +129,11 @@ def _declared(folder: Path, key: str) -> tuple[str, dict[str, int]]:
 
 def _lines(file: Path, key: str) -> list[tuple[int, dict[str, Any]]]:
     found = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = file.read_bytes().removesuffix(b"\n").split(b"\n")  # not splitlines: text may hold other line ends
+    for number, raw in enumerate(lines if lines != [b""] else [], start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
+            line = json.loads(raw)
+        except ValueError as error:
             raise ConfigError(key, str(file), f"line {number} is no JSON: {error}", GET_IT) from error
         if not isinstance(line, dict):
             raise ConfigError(key, str(file), f"line {number} is no JSON object", GET_IT)
@@ -155,28 +158,61 @@ def _safe_key(line: dict[str, Any], where: str, key: str) -> str:
 
 
 def _pair(folder: Path, line: dict[str, Any], where: str, key: str) -> Case:
-    files = [line["file_name"]] if line.get("file_name") else []
+    category = _text(line, "category", where, key)
+    if category == ALL or re.fullmatch(r"turn \d+", category):
+        rule = f"has the category {category!r}, which results over {'all pairs' if category == ALL else 'chains'} have"
+        raise ConfigError(key, where, rule, "Give it another name")
+    references = line.get("reference_file_names") or []
+    if not isinstance(references, list):
+        raise ConfigError(key, where, f"has reference_file_names {references!r}, no list", 'For example ["a.png"]')
+    files = [_file(folder, line.get("file_name"), "file_name", where, key)]
+    files += [_file(folder, file, "reference_file_names", where, key) for file in references]
     return Case(
         key=_safe_key(line, where, key),
-        category=_text(line, "category", where, key),
+        category=category,
         instruction=_text(line, "instruction", where, key),
-        contexts=tuple(folder / file for file in [*files, *line.get("reference_file_names", [])]),
-        target=_optional(folder, line.get("target_file_name")),
-        mask=_optional(folder, line.get("mask_file_name")),
-        text=line.get("text"),
-        source_caption=line.get("source_caption"),
-        target_caption=line.get("target_caption"),
-        height=line.get("height"),
-        width=line.get("width"),
+        contexts=tuple(file for file in files if file is not None),
+        target=_file(folder, line.get("target_file_name"), "target_file_name", where, key),
+        mask=_file(folder, line.get("mask_file_name"), "mask_file_name", where, key),
+        text=_optional(line, "text", where, key),
+        source_caption=_optional(line, "source_caption", where, key),
+        target_caption=_optional(line, "target_caption", where, key),
+        height=_side(line, "height", where, key),
+        width=_side(line, "width", where, key),
     )
 
 
-def _optional(folder: Path, file: str | None) -> Path | None:
-    return folder / file if file else None
+def _file(folder: Path, given: object, name: str, where: str, key: str) -> Path | None:
+    """A file below the folder; None where none is named."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str):
+        raise ConfigError(key, where, f"has the {name} {given!r}, which is no file's name", "Give text, or null")
+    if Path(given).is_absolute() or ".." in Path(given).parts:
+        rule = f"has the {name} {given!r}, which leads out of the benchmark's folder"
+        raise ConfigError(key, where, rule, "Put the file into the folder, and name it from there")
+    return folder / given
+
+
+def _optional(line: dict[str, Any], name: str, where: str, key: str) -> str | None:
+    value = line.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(key, where, f"has the {name} {value!r}, which is no text", "Give text, or leave it out")
+    return value
+
+
+def _side(line: dict[str, Any], name: str, where: str, key: str) -> int | None:
+    value = line.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        rule = f"has the {name} {value!r}, which is no number of pixels"
+        raise ConfigError(key, where, rule, "Give a whole number above 0, or leave it out")
+    return value
 
 
 def _chain(folder: Path, line: dict[str, Any], where: str, key: str) -> tuple[Case, ...]:
-    name, start = _safe_key(line, where, key), folder / _text(line, "file_name", where, key)
+    name, start = _safe_key(line, where, key), _file(folder, line.get("file_name"), "file_name", where, key)
+    if start is None:
+        raise ConfigError(key, where, "has no file_name, or an empty one", "Every chain needs it")
     instructions = line.get("instructions") or []
     if (
         not isinstance(instructions, list)
@@ -204,9 +240,11 @@ def _one_a_turn(folder: Path, line: dict[str, Any], name: str, where: str, key: 
     turns, files = len(line["instructions"]), line.get(name)
     if files is None:
         return [None] * turns
+    if not isinstance(files, list):
+        raise ConfigError(key, where, f"has {name} {files!r}, no list", "Give one a turn, or none")
     if len(files) != turns:
         raise ConfigError(key, where, f"has {len(files)} {name} for {turns} instructions", "Give one a turn, or none")
-    return [_optional(folder, file) for file in files]
+    return [_file(folder, file, name, where, key) for file in files]
 
 
 def _check_keys(benchmark: Benchmark, key: str) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from kontext_train.data.encode import Encoders
 from kontext_train.data.transforms import Transform, load_image
 from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.benchmark import Benchmark, Case, files_of, read_benchmark
+from kontext_train.evaluation.benchmark import ALL, Benchmark, Case, files_of, read_benchmark
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.make_images import request_seed, settings_of
+from kontext_train.evaluation.metrics.base import Metric, Shown, Unmeasured
 from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.results import claim, image_file, open_results, write_json
-from kontext_train.evaluation.scoring import ALL, score
+from kontext_train.evaluation.scoring import score
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.training.pictures import save_grid
@@ -58,11 +60,9 @@ class BenchmarkSlice:
         if sets:
             rule = "compare large sets, which a slice is not"
             raise ConfigError("evaluation.metrics", [s.name for s in sets], rule, "Leave them to kontext-evaluate")
-        known = [f"benchmark/{number}" for metric in self.metrics for number in metric.numbers]
-        if world.is_main and best_by.startswith("benchmark/") and best_by.split("/turn_")[0] not in known:
-            rule = f"is not measured on evaluation.benchmark. Known: {', '.join(known)}"
-            raise ConfigError("checkpoint.best_by", best_by, rule, "Use one of them, or validation/loss")
         _check_images(self.benchmark, transform)
+        if world.is_main and best_by.startswith("benchmark/"):
+            _check_best_by(best_by, self.metrics, self.benchmark)
         self.encoders, self.shift, self.transform = encoders, shift, transform
         self.guidance_embed, self.world, self.folder = guidance_embed, world, run_dir / "benchmark"
 
@@ -161,6 +161,35 @@ class BenchmarkSlice:
 def _pixels(file: Path, transform: Transform) -> Tensor:
     """[3, H, W] uint8, as the run sees images."""
     return torch.from_numpy(load_image(file, transform)).permute(2, 0, 1)
+
+
+def _check_best_by(best_by: str, metrics: Sequence[Metric], benchmark: Benchmark) -> None:
+    """Masks, captions, faces and turns decide what a benchmark has numbers for, so its metric is tried on it."""
+    number, _, turn = best_by.removeprefix("benchmark/").partition("/turn_")
+    metric = next((metric for metric in metrics if number in metric.numbers), None)
+    if metric is None:
+        known = [f"benchmark/{number}" for metric in metrics for number in metric.numbers]
+        rule = f"is not measured on evaluation.benchmark. Known: {', '.join(known)}"
+        raise ConfigError("checkpoint.best_by", best_by, rule, "Use one of them, or validation/loss")
+    cases = [case for case in benchmark if turn == (str(case.turn) if case.turn else "")]
+    if not any(_gives(metric, number, case) for case in cases):
+        what = f"turns {turn}" if turn else "pairs"
+        rule = f"would never be known: of the {len(cases)} {what} in the slice, none has what {number} needs"
+        raise ConfigError(
+            "checkpoint.best_by", best_by, rule, "Use another number; docs/evaluation.md says their needs"
+        )
+
+
+def _gives(metric: Metric, number: str, case: Case) -> bool:
+    """Whether a made image of this case would have the number. The context stands in for it."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "grey.png"
+        Image.new("RGB", (SCALED_TO, SCALED_TO), "grey").save(file)
+        known = [*case.contexts, *([case.target] if case.target is not None else []), file]
+        try:
+            return number in metric.measure(Shown(case, 0, known[0]))
+        except Unmeasured:
+            return True  # it should have one
 
 
 def _check_images(benchmark: Benchmark, transform: Transform) -> None:

@@ -111,7 +111,9 @@ def make_images(
         todo = [job for job in jobs if not _is_there(out, job)]
         made.kept += len(jobs) - len(todo)
         if todo and maker is None:
-            maker = _Maker(load(), out, making, made)
+            model = load()
+            _check_sizes(benchmark, making, model.pixels_per_token)
+            maker = _Maker(model, out, making, made)
         if todo and maker is not None:
             maker.make(todo)
     return made
@@ -120,6 +122,17 @@ def make_images(
 def _is_there(out: Path, job: _Job) -> bool:
     record = read_record(out, job.case.key, job.seed)
     return record is not None and record["error"] is None and image_file(out, job.case.key, job.seed).is_file()
+
+
+def _check_sizes(benchmark: Benchmark, making: MakingConfig, side: int) -> None:
+    """Before the first image is made, of all that are asked for."""
+    for case in benchmark:
+        height, width = case.height, case.width
+        if not case.contexts:
+            height, width = height or making.height, width or making.width
+        if (height or 0) % side or (width or 0) % side:
+            rule = f"of {case.key} must be multiples of {side}, the pixels of a token"
+            raise ConfigError("height, width", (height, width), rule, "Round them")
 
 
 class _Maker:
@@ -153,10 +166,6 @@ class _Maker:
         case, making = job.case, self.making
         height, width = contexts[0].shape[1:] if contexts else (making.height, making.width)
         height, width = case.height or height, case.width or width
-        side = self.model.pixels_per_token
-        if height % side or width % side:
-            rule = f"must be multiples of {side}, the pixels of a token"
-            raise ConfigError("height, width", (height, width), f"of {case.key} {rule}", "Round them")
         return Request(case.instruction, contexts, height, width, request_seed(case.key, job.seed))
 
     def _generate(self, ready: list[tuple[_Job, Request]]) -> None:

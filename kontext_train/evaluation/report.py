@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import Case
-from kontext_train.evaluation.results import SUMMARY, Results, image_id, not_made
-from kontext_train.evaluation.scoring import read_scores
+from kontext_train.evaluation.results import Results, image_id, not_made
+from kontext_train.evaluation.scoring import read_scores, summarise
 
 PAGES = files("kontext_train.evaluation") / "pages"
 
@@ -51,7 +52,9 @@ def check_comparable(models: Sequence[Results]) -> list[str]:
 
 def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict[str, Any]:
     """All that the page shows, as JSON. Images are put below `out`."""
-    summaries = [_summary(model) for model in models]
+    for model in models:
+        _check_measured(model)
+    summaries = [summarise(model) for model in models]  # not summary.json: images may have come or gone since
     values, missing = [_values(model) for model in models], [not_made(model) for model in models]
     cases = {image_id(case.key, seed): (case, seed) for model in models for case, seed in model.images()}
     return {
@@ -72,12 +75,10 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
     }
 
 
-def _summary(model: Results) -> dict[str, Any]:
-    file = model.folder / SUMMARY
-    if not file.is_file():
-        rule = "was not measured: it has no summary.json"
+def _check_measured(model: Results) -> None:
+    if not any(model.folder.glob("scores/*.json")) and not any(model.folder.glob("sets/*.json")):
+        rule = "was not measured: it has no scores"
         raise ConfigError("results", str(model.folder), rule, f"kontext-evaluate score results={model.folder}")
-    return json.loads(file.read_text())
 
 
 def _values(model: Results) -> dict[str, dict[str, float]]:
@@ -92,12 +93,18 @@ def _values(model: Results) -> dict[str, dict[str, float]]:
 def _differences(
     models: Sequence[Results], summaries: Sequence[dict[str, Any]], values: Sequence[dict[str, dict[str, float]]]
 ) -> list[dict[str, Any]]:
-    """Of each model to the first, over the pairs that both have: an interval without 0 tells them apart."""
+    """Of each model to the first, over the pairs that both have: an interval without 0 tells them apart.
+
+    None where they share no pair, or where two models of a metric gave the numbers.
+    """
     bases = {image_id(case.key, seed): case for model in models for case, seed in model.images() if not case.turn}
     found = []
-    for own in values:
-        differences = {}
-        for number in summaries[0]["numbers"]:
+    for own, summary in zip(values, summaries, strict=True):
+        differences: dict[str, dict[str, Any] | None] = {}
+        for number, first in summaries[0]["numbers"].items():
+            if summary["numbers"].get(number, first)["about"] != first["about"]:
+                differences[number] = None  # by two models of a metric: the page names both
+                continue
             pairs = [
                 (case.base, own[image][number] - values[0][image][number])
                 for image, case in bases.items()
@@ -149,4 +156,4 @@ def _placed(file: Path, out: Path, name: str) -> str:
             os.link(file, place)
         except OSError:
             shutil.copyfile(file, place)
-    return f"images/{name}"
+    return f"images/{quote(name)}"  # a key may have "#", "?" or "%"

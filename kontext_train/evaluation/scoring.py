@@ -15,13 +15,12 @@ import numpy as np
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.benchmark import some
-from kontext_train.evaluation.bootstrap import LEVELS, Estimate
+from kontext_train.evaluation.benchmark import ALL, some
 from kontext_train.evaluation.metrics.base import Metric, SetMetric, Shown, Unmeasured, open_rgb
 from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json
 
-ALL = "all"  # pairs, whatever their category
-SET_DRAWS = 50  # of set metrics: each draw is a matrix decomposition
+UNSEEN = "was not measured yet; score again"
+SET_GROUPS = 20  # of base images, each left out once: a set metric is a matrix decomposition
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -47,8 +46,18 @@ def scores_file(results: Results, name: str) -> Path:
 
 
 def read_scores(results: Results) -> dict[str, dict[str, Any]]:
-    """All that was measured, by metric."""
-    return {f.stem: json.loads(f.read_text()) for f in sorted((results.folder / "scores").glob("*.json"))}
+    """What was measured of the images that are there now, by metric. An image that no score has seen has failed."""
+    missing = not_made(results)
+    there = [name for case, seed in results.images() if (name := image_id(case.key, seed)) not in missing]
+    found = {}
+    for file in sorted((results.folder / "scores").glob("*.json")):
+        scores = json.loads(file.read_text())
+        values, failed = scores["values"], scores["failed"]
+        found[file.stem] = scores | {
+            "values": {name: values[name] for name in there if name in values},
+            "failed": {name: failed.get(name, UNSEEN) for name in there if name not in values},
+        }
+    return found
 
 
 def _made(results: Results, missing: dict[str, str]) -> list[str]:
@@ -116,10 +125,12 @@ def _compare(
             "metrics.references", references, rule, f"Give a folder of images, or leave out {metric.name}"
         )
     failed: dict[str, str] = {}
-    made = []
+    group = {base: i % SET_GROUPS for i, base in enumerate(dict.fromkeys(case.base for case, _ in pairs))}
+    made, groups = [], []
     for case, seed in pairs:
         try:
             made.append(metric.feature(open_rgb(results.image(case.key, seed))))
+            groups.append(group[case.base])
         except Unmeasured as error:
             failed[image_id(case.key, seed)] = str(error)
     try:
@@ -127,12 +138,13 @@ def _compare(
     except Unmeasured as error:
         raise ConfigError("metrics.references", references, str(error), "Remove or replace it") from error
     made_ND = np.stack(made)
-    rng = np.random.default_rng(0)
-    draws = [metric.compare(made_ND[rng.integers(0, len(made), len(made))], real_MD) for _ in range(SET_DRAWS)]
+    values = metric.compare(made_ND, real_MD)
+    group_N = np.array(groups)
+    rests = [made_ND[group_N != left_out] for left_out in sorted(set(groups))]
+    parts = [metric.compare(rest_ND, real_MD) for rest_ND in rests if len(rest_ND) > 1]
     found = {}
-    for number, value in metric.compare(made_ND, real_MD).items():
-        low, high = np.percentile([draw[number] for draw in draws], LEVELS)
-        estimate = Estimate(value, float(low), float(high), len(made))
+    for number, value in values.items():
+        estimate = bootstrap.jackknife(value, [part[number] for part in parts], len(made))
         found[number] = {
             "metric": metric.name,
             "about": f"{metric.about}; against {len(real_MD)} real images",
@@ -151,16 +163,17 @@ def summarise(results: Results) -> dict[str, Any]:
         for number, better in scores["numbers"].items():
             by_category: dict[str, list[tuple[str, float]]] = {}
             for image, values in scores["values"].items():
-                if number in values and image in cases:
-                    case = cases[image]
-                    for category in (case.category,) if case.turn else (case.category, ALL):
-                        by_category.setdefault(category, []).append((case.base, values[number]))
+                if number not in values:
+                    continue
+                case = cases[image]
+                for category in (case.category,) if case.turn else (case.category, ALL):
+                    by_category.setdefault(category, []).append((case.base, values[number]))
             estimates = {category: bootstrap.mean(found) for category, found in by_category.items()}
             numbers[number] = {
                 "metric": name,
                 "about": scores["about"],
                 "better": better,
-                "failed": {image: why for image, why in scores["failed"].items() if image in cases},
+                "failed": scores["failed"],
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
     numbers |= _read_sets(results)

@@ -67,6 +67,40 @@ def test_bad_lines_are_refused(tmp_path: Path, rows: list[dict[str, object]], me
         read_benchmark(benchmark(tmp_path, rows))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"mask_file_name": 7}, r"the mask_file_name 7, which is no file's name"),
+        ({"file_name": ["a.png"]}, r"the file_name \['a\.png'\], which is no file's name"),
+        ({"file_name": "../a.png"}, r"the file_name '\.\./a\.png', which leads out of the benchmark's folder"),
+        ({"target_file_name": "/a.png"}, r"the target_file_name '/a\.png', which leads out"),
+        ({"reference_file_names": "a.png"}, r"reference_file_names 'a\.png', no list"),
+        ({"reference_file_names": [3]}, r"the reference_file_names 3, which is no file's name"),
+        ({"text": 5}, r"the text 5, which is no text"),
+        ({"source_caption": ["a"]}, r"the source_caption \['a'\], which is no text"),
+        ({"height": "512"}, r"the height '512', which is no number of pixels"),
+        ({"width": 0}, r"the width 0, which is no number of pixels"),
+        ({"category": "all"}, r"the category 'all', which results over all pairs have"),
+        ({"category": "turn 3"}, r"the category 'turn 3', which results over chains have"),
+    ],
+)
+def test_fields_of_the_wrong_kind_are_named(tmp_path: Path, more: dict[str, object], message: str) -> None:
+    folder = benchmark(tmp_path, [line(0), line(1)])
+    (folder / "metadata.jsonl").write_text(f"{json.dumps(line(0))}\n{json.dumps(line(1) | more)}\n")
+    with pytest.raises(ConfigError, match=rf"metadata\.jsonl line 2'.*{message}"):
+        read_benchmark(folder)
+
+
+def test_a_line_ends_where_the_line_ends(tmp_path: Path) -> None:
+    folder = benchmark(tmp_path, [line(0), line(1)])
+    rows = [line(0, instruction="write a\u2028b\x85c"), line(1)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert [case.instruction for case in read_benchmark(folder).pairs] == ["write a\u2028b\x85c", "add hat 1"]
+    (folder / "metadata.jsonl").write_bytes(b'{"key": "\xff"}\n')
+    with pytest.raises(ConfigError, match=r"line 1 is no JSON"):
+        read_benchmark(folder)
+
+
 def test_unknown_categories_are_named_and_counted(tmp_path: Path) -> None:
     folder = benchmark(tmp_path, [line(0), line(1, "coats"), line(2, "coats")])
     (folder / "benchmark.json").write_text('{"name": "hats", "categories": {"hats": 1}}')

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _LPIPS
@@ -36,9 +38,13 @@ from kontext_train.evaluation.metrics.lpips import Lpips, alexnet_features
 from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_text
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.metrics.vlm import Vlm
+from kontext_train.evaluation.results import open_results
+from kontext_train.evaluation.scoring import score
+from quickstart.benchmark import StandIn, make_stand_in, write_benchmark
 from tests.runs import ENCODERS
 
 CPU = torch.device("cpu")
+META = {"format": "pt"}  # transformers asks for it
 
 
 def noise(seed: int, height: int = 96, width: int = 128) -> Image.Image:
@@ -231,15 +237,19 @@ def test_the_aesthetic_head_is_its_linear_layers(clip: str, tmp_path: Path) -> N
         Aesthetic(embedder, str(file))
 
 
-def test_dino_compares_class_tokens(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
-    model = Dinov2Model(
-        Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    ).eval()
-    model.save_pretrained(tmp_path / "dino")
-    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(tmp_path / "dino")
-    metric = Dino(str(tmp_path / "dino"), CPU)
+    folder = tmp_path_factory.mktemp("dino")
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_dino_compares_class_tokens(dino: str, tmp_path: Path) -> None:
+    model, processor = Dinov2Model.from_pretrained(dino).eval(), CLIPImageProcessor.from_pretrained(dino)
+    metric = Dino(dino, CPU)
     a, b = noise(0), noise(1)
     with torch.no_grad():
         pooled = [model(processor(images=i, return_tensors="pt")["pixel_values"]).pooler_output[0] for i in (a, b)]
@@ -247,6 +257,29 @@ def test_dino_compares_class_tokens(tmp_path: Path) -> None:
     assert metric.measure(shown(tmp_path, a, context=b)) == {"dino_image": pytest.approx(expected, abs=1e-5)}
     assert metric.measure(shown(tmp_path, a, context=a)) == {"dino_image": pytest.approx(1)}
     assert metric.measure(shown(tmp_path, a)) == {}
+
+
+@pytest.mark.parametrize("key", ["clip", "dino"])
+def test_weights_are_whole_or_refused(key: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = tmp_path / key
+    shutil.copytree(request.getfixturevalue(key), folder)
+    options = MetricsConfig(**{key: str(folder)})
+    (_, metric), _ = build_metrics(options)
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (_, same), _ = build_metrics(options)
+    assert len({metric.about, same.about}) == 2, "the digest is of the file that is there"
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match=rf"metrics\.{key}=.*: it holds no weights"):
+        build_metrics(options)
+    lost = sorted(state)[-1]
+    save_file({name: value for name, value in state.items() if name != lost}, folder / "model.safetensors", META)
+    with pytest.raises(ConfigError, match=rf"its weights lack 1 tensors \({re.escape(lost)}\)"):
+        build_metrics(options)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+        build_metrics(options)
 
 
 # Distances between sets -----------------------------------------------------------------------------------------------
@@ -304,6 +337,61 @@ def test_inception_is_a_torchscript_file(tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"metrics\.inception=.*is no TorchScript file"):
         distribution.Inception(str(tmp_path / "broken.pt"), CPU)
+
+
+# Models of known quality ----------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """Features of any image: its mean colours on a grid of 4 x 4."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images.to(torch.float64) / 64, 4).flatten(1)
+
+
+Means = dict[StandIn, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def means(alexnet: str, clip: str, dino: str, tmp_path_factory: pytest.TempPathFactory) -> Means:
+    """Every number over all pairs of the scenes, of models whose quality is known."""
+    folder = tmp_path_factory.mktemp("stand_ins")
+    torch.jit.script(Pooled()).save(str(folder / "inception.pt"))
+    write_benchmark(folder / "scenes", samples=12, chains=0)
+    options = {"lpips": alexnet, "clip": clip, "dino": dino, "inception": str(folder / "inception.pt"), "cmmd": True}
+    metrics, sets = build_metrics(MetricsConfig(**options))
+    found: Means = {}
+    for kind in StandIn:
+        results = open_results(make_stand_in(kind, folder / "scenes", folder / kind.value))
+        real = str(folder / "truth" / "images" / "seed_0")
+        numbers = score(results, metrics, sets, real)["numbers"]
+        for number in ("fid", "kid", "cmmd"):
+            estimate = numbers[number]["categories"]["all"]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        found[kind] = {name: numbers[name]["categories"]["all"]["value"] for name in numbers}
+    return found
+
+
+@pytest.mark.parametrize("number", ["lpips_target", "fid", "kid", "cmmd"])
+def test_the_truth_is_nearest_to_itself(means: Means, number: str) -> None:
+    found = {kind: means[kind][number] for kind in StandIn}
+    if number != "kid":  # unbiased, so below 0 for one set twice
+        assert found[StandIn.TRUTH] == pytest.approx(0, abs=1e-6)
+    bad = [found[kind] for kind in (StandIn.COPY, StandIn.NOISE, StandIn.OTHER)]
+    if number == "lpips_target":  # of pairs; to random layers another scene may be farther than noise
+        assert found[StandIn.TRUTH] < min(bad)
+    else:  # of sets, which another pair's answers leave nearly as they are
+        assert abs(found[StandIn.OTHER] - found[StandIn.TRUTH]) < found[StandIn.COPY] - found[StandIn.TRUTH]
+        assert found[StandIn.COPY] < found[StandIn.NOISE]
+
+
+@pytest.mark.parametrize("number", ["lpips_image", "lpips_untouched", "clip_image", "dino_image"])
+def test_a_copy_is_nearest_to_its_context_and_another_answer_is_far(means: Means, number: str) -> None:
+    sign, best = (1, 0) if number.startswith("lpips") else (-1, 1)
+    assert means[StandIn.COPY][number] == pytest.approx(best, abs=1e-6)
+    far = {kind: sign * (means[kind][number] - best) for kind in StandIn}
+    assert far[StandIn.TRUTH] < min(far[StandIn.OTHER], far[StandIn.NOISE])
+    assert (far[StandIn.TRUTH] == 0) == (number == "lpips_untouched"), "only what is masked is blind to the edit"
 
 
 # Faces ----------------------------------------------------------------------------------------------------------------
@@ -463,6 +551,7 @@ class Judge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Asked)
         self.answers: list[str | int] = []  # in turn, the last for ever; a number is an HTTP status
         self.requests: list[tuple[dict[str, Any], str | None]] = []
+        self.released = threading.Event()  # those whom "nothing" answers
 
 
 class _Asked(BaseHTTPRequestHandler):
@@ -479,8 +568,14 @@ class _Asked(BaseHTTPRequestHandler):
             self.send_error(answer if isinstance(answer, int) else 404)
             return
         raw = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+        if answer == "no status":
+            self.wfile.write(b"?\r\n\r\n")
+            return
+        if answer == "nothing":
+            self.server.released.wait()
+            return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("Content-Length", str(len(raw) + 10 * (answer == "cut")))
         self.end_headers()
         self.wfile.write(raw)
 
@@ -490,6 +585,7 @@ def judge() -> Iterator[Judge]:
     server = Judge()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
 
@@ -529,6 +625,8 @@ def test_a_judge_sees_both_images_and_its_marks_are_taken(
         (['{"follows": true, "keeps": 1}'], r"the judge's follows is True"),
         ([401], r"does not answer \(HTTP 401\)"),
         ([503, 503, 503], r"does not answer \(HTTP 503\)"),
+        (["cut", "cut", "cut"], r"does not answer \(IncompleteRead"),
+        (["no status", "no status", "no status"], r"does not answer \(BadStatusLine"),
     ],
 )
 def test_an_answer_that_is_none_is_told(
@@ -536,7 +634,7 @@ def test_an_answer_that_is_none_is_told(
 ) -> None:
     with pytest.raises(Unmeasured, match=message):
         ask(*answers, context=noise(1))
-    assert len(judge.requests) == (3 if answers[0] == 503 else 1), "only what may pass is asked again"
+    assert len(judge.requests) == len(answers), "only what may pass is asked again"
 
 
 def test_a_busy_judge_is_asked_again(ask: Callable[..., dict[str, float]], judge: Judge) -> None:
@@ -545,6 +643,13 @@ def test_a_busy_judge_is_asked_again(ask: Callable[..., dict[str, float]], judge
     judge.server_close()
     with pytest.raises(Unmeasured, match=r"does not answer \(\w+"):
         ask("{}", context=noise(1))
+
+
+def test_a_judge_that_is_silent_is_not_waited_for(judge: Judge, tmp_path: Path) -> None:
+    config = VlmConfig(url=f"http://127.0.0.1:{judge.server_port}/v1", model="judge-1", retries=0, timeout_s=0.2)
+    judge.answers = ["nothing"]
+    with pytest.raises(Unmeasured, match=r"does not answer \(TimeoutError"):
+        Vlm(config).measure(shown(tmp_path, noise(0)))
 
 
 # What is not there ----------------------------------------------------------------------------------------------------

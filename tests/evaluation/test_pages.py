@@ -14,9 +14,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.arena import Arena, arena_server
-from kontext_train.evaluation.config import ArenaConfig
+from kontext_train.evaluation.config import ArenaConfig, MakingConfig
 from kontext_train.evaluation.metrics.pixels import Pixels
-from kontext_train.evaluation.report import write_report
+from kontext_train.evaluation.report import gathered, write_report
 from kontext_train.evaluation.results import Results, open_results
 from kontext_train.evaluation.scoring import score
 from quickstart.benchmark import Exact, StandIn, make_stand_in, write_benchmark
@@ -47,7 +47,8 @@ def page(browser: Browser) -> Iterator[Page]:
     wrong: list[str] = []
     found.on("pageerror", lambda error: wrong.append(str(error)))
     found.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    found.on("requestfailed", lambda request: wrong.append(request.url))
+    # a picture that is still loading when its page goes is no failure
+    found.on("requestfailed", lambda r: wrong.append(r.url) if r.failure != "net::ERR_ABORTED" else None)
     yield found
     found.close()
     assert wrong == []
@@ -168,6 +169,7 @@ def test_drift_is_drawn_for_every_model(report: Page) -> None:
     assert chart.locator("polyline").count() == 3
     lines = chart.locator("polyline").evaluate_all("(lines) => lines.map((line) => line.getAttribute('points'))")
     heights = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
+    assert chart.locator("text.n").all_text_contents() == ["n=4"] * 6, "how many chains each turn is of"
     assert len(set(heights[0])) == 1, "the truth does not drift"
     assert heights[1][-1] < heights[1][0], "a copy's distance to the truth rises, which is up on the screen"
     chart.scroll_into_view_if_needed()
@@ -185,6 +187,40 @@ def test_instructions_are_text_and_never_markup(tmp_path: Path, page: Page) -> N
     assert page.title() == "hats: <b>bold</b>"
 
 
+def test_a_report_is_of_the_images_of_now(tmp_path: Path) -> None:
+    make(Inverter(), benchmark(tmp_path / "b", [line(i) for i in range(3)]), tmp_path / "out")
+    score(open_results(tmp_path / "out"), [Pixels()])
+    (tmp_path / "out" / "images" / "seed_0" / "0001.png").unlink()
+    (tmp_path / "report").mkdir()
+    (model,) = gathered([open_results(tmp_path / "out")], ["out"], tmp_path / "report")["models"]
+    assert model["not_made"] == {"0001@0": "its file is gone"}
+    assert model["numbers"]["colour_shift"]["categories"]["all"]["n"] == 2
+
+
+def test_numbers_of_two_metric_models_are_not_subtracted(tmp_path: Path, page: Page) -> None:
+    folder, found = benchmark(tmp_path / "b", [line(i) for i in range(3)]), []
+    for name, about in (("a", "torchmetrics 1"), ("b", "torchmetrics 2"), ("c", "torchmetrics 1")):
+        metric = Pixels()
+        metric.about = about
+        make(Inverter(), folder, tmp_path / name)
+        found.append(open_results(tmp_path / name))
+        score(found[-1], [metric])
+    page.goto(write_report(found, tmp_path / "report").as_uri())
+    row = page.locator("#numbers tr", has_text="colour_shift")
+    expect(row.locator("th")).to_contain_text("not comparable: torchmetrics 1 | torchmetrics 2")
+    assert "\n" not in row.locator("td").nth(1).inner_text(), "no difference is shown"
+    assert "0 [0, 0]" in row.locator("td").nth(2).inner_text()
+
+
+def test_names_of_files_may_have_any_sign(tmp_path: Path, page: Page) -> None:
+    make(Inverter(), benchmark(tmp_path / "b", [line(0, key="a#b?c%20 d")]), tmp_path / "out")
+    results = open_results(tmp_path / "out")
+    score(results, [Pixels()])
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    pictures = "[...document.querySelectorAll('#rows img')]"
+    page.wait_for_function(f"{pictures}.length === 2 && {pictures}.every((i) => i.naturalWidth > 0)")
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: list[Results]) -> None:
     folder = benchmark(tmp_path / "b", [line(0)])
     make(Inverter(), folder, tmp_path / "out")
@@ -193,7 +229,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, models: list[Results
         write_report([models[0], other], tmp_path / "report")
     with pytest.raises(ConfigError, match=r"need names that differ; they are truth, truth"):
         write_report([models[0], models[0]], tmp_path / "report")
-    with pytest.raises(ConfigError, match=r"was not measured: it has no summary\.json"):
+    with pytest.raises(ConfigError, match=r"was not measured: it has no scores"):
         write_report([other], tmp_path / "report")
 
 
@@ -258,10 +294,43 @@ def test_a_session_goes_on_where_it_was(served: tuple[Arena, str], models: list[
     assert again.export() == arena.export()
     page.reload()
     expect(page.locator("#count")).to_have_text(f"3 of {len(arena.comparisons)}")
+    page.click("#reveal")
+    expect(page.locator("#ratings")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    page.reload()
+    expect(page.locator("#count")).to_have_text(f"3 of {len(arena.comparisons)}")
     with arena.file.open("a") as file:
         file.write('{"comp')
     with pytest.raises(ConfigError, match=r"line 4 is no vote"):
         Arena(models, arena.file, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"winner": "nobody"}, r"winner 'nobody'"),
+        ({"left": "stranger"}, r"left 'stranger'"),
+        ({"models": "ab"}, r"models 'ab'"),
+        ({"models": [1, 2]}, r"models \[1, 2\]"),
+        ({"base": None}, r"base None"),
+        ({"category": []}, r"category \[\]"),
+        ({"comparison": ["x"]}, r"comparison \['x'\]"),
+    ],
+)
+def test_a_damaged_vote_is_named_by_its_line(
+    models: list[Results], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "votes.jsonl"
+    arena = Arena(models, file, seed=0)
+    for number in (0, 1):
+        arena.vote(number, "left")
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
+    with pytest.raises(ConfigError, match=rf"line 2 is no vote \(ValueError\(.*{message}"):
+        Arena(models, file, seed=0)
+    file.write_bytes(first.encode() + b"\n\xff\n")
+    with pytest.raises(ConfigError, match=r"line 2 is no vote"):
+        Arena(models, file, seed=0)
 
 
 def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_path: Path) -> None:
@@ -273,6 +342,20 @@ def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_pa
     assert 0.25 < lefts / len(one) < 0.75
     assert not any("turn" in c.name for c in one)
     assert not any("recolour_0000@0" in c.name and 1 in (c.left, c.right) for c in one), "the copy's image is gone"
+
+
+def test_only_images_that_both_were_asked_for_are_compared(tmp_path: Path) -> None:
+    rows = [line(0), line(1), line(2), line(3, "coats")]
+    folder = benchmark(tmp_path / "b", rows)
+    few, all_of_it, two_seeds = MakingConfig(per_category=1), MakingConfig(), MakingConfig(seeds=2, per_category=2)
+    found = []
+    for name, making in (("a", few), ("b", all_of_it), ("c", two_seeds)):
+        make(Inverter(), folder, tmp_path / name, making)
+        found.append(open_results(tmp_path / name))
+    comparisons = Arena(found, tmp_path / "votes.jsonl", seed=0).comparisons
+    assert all(c.left_file.is_file() and c.right_file.is_file() for c in comparisons)
+    names = {name for image in ("0000@0", "0003@0") for name in (f"{image}:0-1", f"{image}:0-2", f"{image}:1-2")}
+    assert {c.name for c in comparisons} == names | {"0001@0:1-2"}, "the first model's slice is not the arena's"
 
 
 def test_every_comparison_ends_with_ratings(served: tuple[Arena, str], page: Page) -> None:

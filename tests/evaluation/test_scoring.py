@@ -3,17 +3,22 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
+from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.config import MakingConfig
+from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
+from kontext_train.evaluation.in_training import BenchmarkSlice
 from kontext_train.evaluation.metrics.base import Better, Shown, Unmeasured
+from kontext_train.evaluation.metrics.distribution import kernel_distance
 from kontext_train.evaluation.results import Results, image_id, open_results
 from kontext_train.evaluation.scoring import score, scores_file, table
+from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from tests.evaluation.cases import Inverter, benchmark, line, make
 
 
@@ -107,6 +112,32 @@ def test_a_stop_keeps_what_was_measured(results: Results) -> None:
     assert set(json.loads(scores_file(results, "told").read_text())["values"]) == {"0000@0", "0001@0", "0002@0"}
 
 
+class Other(Told):
+    name = "other"
+    numbers: ClassVar[Mapping[str, Better]] = {"other": Better.higher}
+
+    def measure(self, shown: Shown) -> dict[str, float]:
+        return {"other": super().measure(shown)["told"]}
+
+
+def test_what_an_earlier_metric_measured_is_of_the_images_that_are_there_now(results: Results) -> None:
+    score(results, [Told(number)])
+    results.image("0005", 0).unlink()
+    summary = score(results, [Other(number)])
+    for name in ("told", "other"):
+        assert summary["numbers"][name]["categories"]["all"]["n"] == 7
+        assert summary["numbers"][name]["failed"] == {}, "what was not made is named as that"
+    folder = results.benchmark.folder
+    make(Inverter(), folder, results.folder, MakingConfig(seeds=2, at_once=4))
+    summary = score(open_results(results.folder), [Other(number)])
+    assert summary["numbers"]["other"]["categories"]["all"]["n"] == 16
+    told = summary["numbers"]["told"]
+    assert told["categories"]["all"]["n"] == 8, "the image of before is there again"
+    assert len(told["failed"]) == 10
+    assert told["failed"]["0003@1"] == "was not measured yet; score again"
+    assert "failed on 10" in table(summary)
+
+
 class Mean:
     """A distance between sets: of their mean brightness."""
 
@@ -161,3 +192,50 @@ def test_the_mean_weighs_images_and_repeats() -> None:
     median = bootstrap.of_sample([1.0, 2.0, 9.0], np.median)
     assert median is not None
     assert (median.value, median.low, median.high) == (2.0, 1.0, 9.0)
+
+
+def sliced(folder: Path, best_by: str) -> BenchmarkSlice:
+    nothing: Any = None
+    return BenchmarkSlice(
+        InTrainingConfig(benchmark=str(folder)),
+        nothing,
+        SamplerConfig(),
+        ShiftConfig(),
+        Inverter.transform,
+        best_by=best_by,
+        guidance_embed=False,
+        world=World(0, 1, torch.device("cpu"), nothing, None, 1),
+        run_dir=folder,
+    )
+
+
+def test_best_by_is_a_number_that_the_benchmark_gives(tmp_path: Path) -> None:
+    chain = {"key": "c", "file_name": "images/c.png", "instructions": ["a", "b"], "home": True}
+    bare = benchmark(tmp_path / "bare", [line(0), line(1, file_name=None)], [chain])
+    for number in ("untouched_mae", "target_mae", "cycle_mae", "cycle_mae/turn_1", "colour_shift/turn_3"):
+        with pytest.raises(ConfigError, match=rf"checkpoint\.best_by='benchmark/{number}': would never be known"):
+            sliced(bare, f"benchmark/{number}")
+    with pytest.raises(ConfigError, match=r"of the 2 pairs in the slice, none has what untouched_mae needs"):
+        sliced(bare, "benchmark/untouched_mae")
+    for number in ("validation/loss", "benchmark/colour_shift", "benchmark/cycle_mae/turn_2"):
+        sliced(bare, number)
+    masked = benchmark(tmp_path / "masked", [line(0, mask_file_name="images/mask.png")])
+    sliced(masked, "benchmark/untouched_mae")
+
+
+def test_intervals_of_sets_hold_their_value() -> None:
+    """A jackknife of a mean is the mean's own standard error; a bootstrap's repeated images move KID off its value."""
+    values = np.random.default_rng(0).normal(size=40)
+    found = bootstrap.jackknife(values.mean(), [np.delete(values, i).mean() for i in range(40)], 40)
+    assert found.high is not None
+    assert found.high - found.value == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(40))
+    rng = np.random.default_rng(1)
+    made_ND, real_MD = rng.normal(size=(60, 64)), rng.normal(size=(100, 64))
+    value = kernel_distance(made_ND, real_MD)
+    parts = [kernel_distance(np.delete(made_ND, range(i, 60, 20), 0), real_MD) for i in range(20)]
+    estimate = bootstrap.jackknife(value, parts, 60)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert estimate.low < value < estimate.high
+    draws = [kernel_distance(made_ND[rng.integers(0, 60, 60)], real_MD) for _ in range(50)]
+    assert np.percentile(draws, 2.5) > value

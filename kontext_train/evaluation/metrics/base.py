@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from kontext_train.data.transforms import to_rgb
-from kontext_train.evaluation.benchmark import Case
+from kontext_train.evaluation.benchmark import Case, some
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of transformers
 
 
 class Better(Enum):
@@ -105,6 +107,27 @@ def digest(*files: Path) -> str:
         with file.open("rb") as raw:
             total.update(hashlib.file_digest(raw, "sha256").digest())
     return total.hexdigest()[:12]
+
+
+def load_whole(kind: Any, folder: str) -> tuple[Any, str]:
+    """A transformers model on the CPU, and the digest of its weights. Raises ValueError or OSError.
+
+    from_pretrained fills what a file lacks with random numbers, and only warns.
+    """
+    files = sorted(f for pattern in WEIGHTS for f in Path(folder).glob(pattern))
+    if not files:
+        raise ValueError(f"it holds no weights ({' or '.join(WEIGHTS)})")
+    try:
+        model, found = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # readers of weights raise many kinds on bad bytes
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{names} cannot be read ({type(error).__name__}: {error})") from error
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise ValueError(f"its weights lack {len(lacking)} tensors ({some(lacking)})")
+    return model.eval(), digest(*files)
 
 
 def cosine(a_D: np.ndarray, b_D: np.ndarray) -> float:

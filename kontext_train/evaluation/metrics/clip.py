@@ -6,7 +6,7 @@ The aesthetic head is LAION's: linear layers on the normalised image embedding.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest
+from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest, load_whole
 
 
 class ClipEmbedder:
@@ -22,7 +22,7 @@ class ClipEmbedder:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:
-            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+            self.model, weights = load_whole(CLIPModel, folder)
             self.images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             self.tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -32,7 +32,6 @@ class ClipEmbedder:
             ) from error
         self.model.to(device)
         self.device = device
-        weights = digest(*sorted(Path(folder).glob("*.safetensors")))
         self.about = f"CLIP {Path(folder).name}, weights {weights}"
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest
+from kontext_train.evaluation.metrics.base import Better, Shown, cosine, load_whole
 
 
 class Dino:
@@ -20,13 +20,13 @@ class Dino:
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            model, weights = load_whole(AutoModel, folder)
             self.images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             rule = f"is no vision model with its processor: {str(error).splitlines()[0]}"
             raise ConfigError("metrics.dino", folder, rule, "Give a folder as dinov2-base is released") from error
-        self.device = device
-        self.about = f"DINO {Path(folder).name}, weights {digest(*sorted(Path(folder).glob('*.safetensors')))}"
+        self.model, self.device = model.to(device), device
+        self.about = f"DINO {Path(folder).name}, weights {weights}"
 
     @torch.no_grad()
     def embed(self, image: Image.Image) -> np.ndarray:

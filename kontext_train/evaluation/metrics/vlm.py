@@ -4,6 +4,7 @@ It sees the images before and after and the instruction, and gives two marks fro
 """
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -75,7 +76,7 @@ class Vlm:
                 reason = f"HTTP {error.code}"
                 if error.code not in RETRIED:
                     break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
         raise Unmeasured(f"the judge at {self.config.url} does not answer ({reason})")
 

@@ -55,6 +55,9 @@ function drawNumbers(category) {
     const turn = category === "all" ? onlyTurn(number) : undefined;
     const name = turn === undefined ? number : `${number}, ${turn}`;
     const label = element("th", { title: aboutOf(number) }, `${name} ${better[number] === "higher" ? "↑" : "↓"}`);
+    if (aboutsOf(number).length > 1) {
+      label.append(element("br"), element("small", { class: "worse" }, `not comparable: ${aboutOf(number)}`));
+    }
     rows.push(element("tr", {}, label, ...cells.map((cell) => cell ?? element("td", {}, "–"))));
   }
   for (const [key, label] of [["median_s", "seconds an image, median"], ["p95_s", "seconds an image, 95th percentile"]]) {
@@ -71,7 +74,9 @@ function onlyTurn(number) {
   return found.size === 1 && !found.has("all") ? [...found][0] : undefined;
 }
 
-const aboutOf = (number) => DATA.models.map((model) => model.numbers[number]?.about).find(Boolean) ?? "";
+/** All that gave a number: more than one, and the models' columns are not comparable. */
+const aboutsOf = (number) => [...new Set(DATA.models.map((model) => model.numbers[number]?.about).filter(Boolean))];
+const aboutOf = (number) => aboutsOf(number).join(" | ");
 
 function numberCell(model, index, number, category) {
   const estimate = model.numbers[number]?.categories[(category === "all" && onlyTurn(number)) || category];
@@ -124,7 +129,7 @@ function chart(number, turns) {
     .map((turn) => [turn, model.numbers[number]?.categories[`turn ${turn}`]])
     .filter(([, estimate]) => estimate));
   if (curves.every((curve) => curve.length < 2)) return null;
-  const [width, height, left, right, top, bottom] = [300, 190, 56, 10, 28, 26];
+  const [width, height, left, right, top, bottom] = [300, 204, 56, 18, 28, 40];
   const ends = curves.flat().flatMap(([, e]) => [e.low ?? e.value, e.high ?? e.value]);
   let [low, high] = [Math.min(...ends), Math.max(...ends)];
   if (high === low) [low, high] = [low - 0.5, high + 0.5];
@@ -137,7 +142,11 @@ function chart(number, turns) {
     picture.append(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), stroke: "#8884" }));
     picture.append(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(2))));
   }
-  for (const turn of turns) picture.append(svg("text", { x: x(turn), y: height - 8, "text-anchor": "middle" }, turn));
+  for (const turn of turns) {
+    const counts = [...new Set(curves.flat().filter(([t]) => t === turn).map(([, e]) => e.n))];
+    picture.append(svg("text", { x: x(turn), y: height - 20, "text-anchor": "middle" }, turn));
+    picture.append(svg("text", { x: x(turn), y: height - 6, "text-anchor": "middle", class: "n" }, `n=${counts.join("/")}`));
+  }
   curves.forEach((curve, i) => {
     if (!curve.length) return;
     const colour = COLOURS[i % COLOURS.length];
