@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,9 @@ class ShardIndex:
             self.samples_by_contexts: list[int] = header["samples_by_contexts"]
             self.safety_filter: dict[str, str] | None = header.get("safety_filter")
             self._shards, self._whole_folder = header["shards"], header["whole_folder"]
+            for shard in self._shards:
+                known = itemgetter("path", "bytes", "etag" if "etag" in shard else "mtime_ns")
+                known(shard)
         except KeyError as error:
             raise ValueError(f"{file} is damaged: its metadata lacks {error}. {_run(folder)}") from error
         self.target_hw: npt.NDArray[np.int32] = self._columns.target_hw

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -399,7 +400,7 @@ def test_checkpoints_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         subprocess.run(
-            ["python", "-c", f"import boto3; boto3.client('s3').create_bucket(Bucket='{BUCKET}')"],
+            [sys.executable, "-c", f"import boto3; boto3.client('s3').create_bucket(Bucket='{BUCKET}')"],
             check=True,
         )
         in_processes(2, run_remotely, f"s3://{BUCKET}/runs/first")
