@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kontext_train.data.config import DataConfig, SourceConfig, is_url
 from kontext_train.distributed.config import Float8, ParallelConfig, Precision
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.config import InTrainingConfig
+from kontext_train.evaluation.config import METRIC_FILES, InTrainingConfig
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.config import (
     EncodersConfig,
@@ -212,7 +212,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """
     places: list[tuple[Any, str]] = [(config.encoders, "path"), (config.checkpoint, "folder")]
     places += [(config.weights, role) for role in ("student", *ROLES)]
-    places += [(config.data, "train"), (config.data, "validation")]
+    places += [(config.data, "train"), (config.data, "validation"), (config.evaluation, "benchmark")]
+    places += [(config.evaluation.metrics, name) for name in METRIC_FILES]
     places += [(config.data.storage, "cache_dir"), *((source, "path") for source in config.data.sources.values())]
     if isinstance(config.objective, SafetyConfig):
         places.append((config.objective, "concepts"))

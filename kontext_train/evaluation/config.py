@@ -71,6 +71,9 @@ class VlmConfig:
             raise ConfigError("metrics.vlm.model", "", "must be given with metrics.vlm.url", "The server's model name")
 
 
+METRIC_FILES = ("clip", "dino", "aesthetic", "lpips", "face", "inception", "references")
+
+
 @dataclass(slots=True)
 class MetricsConfig:
     """What is measured. Each model is a local folder or file; none leaves the metric out. See docs/evaluation.md."""
@@ -88,7 +91,7 @@ class MetricsConfig:
     vlm: VlmConfig = field(default_factory=VlmConfig)
 
     def __post_init__(self) -> None:
-        for key in ("clip", "dino", "aesthetic", "lpips", "face", "inception", "references"):
+        for key in METRIC_FILES:
             path = getattr(self, key)
             if path is not None and not Path(path).exists():
                 raise ConfigError(f"metrics.{key}", path, "is not there", f"Put it there, or leave metrics.{key} out")

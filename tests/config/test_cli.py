@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from kontext_train.config import check, check_weights, with_absolute_paths
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
+from kontext_train.objectives.config import SafetyConfig
 from kontext_train.sample import main as sample_main
 from kontext_train.sample import parse
 from kontext_train.train import sweep_member, train
@@ -177,6 +178,16 @@ def test_what_a_run_records_names_the_same_files_from_any_folder(monkeypatch: py
     assert (config.weights.student, config.checkpoint.folder) == ("/tmp/w.safetensors", "/tmp/kept")
     assert (config.run.resume, config.encoders.path) == ("/tmp/old/step_00000001", "/tmp/../usr")
     assert (config.run.dir, config.data.train, config.data.validation) == ("out", "", None)
+    others = (
+        "weights.reference=r",
+        "objective.concepts=c.jsonl",
+        "evaluation.benchmark=b",
+        "evaluation.metrics.clip=.",
+    )
+    config = with_absolute_paths(compose_config("stage=safety", *others))
+    assert (config.weights.reference, config.evaluation.benchmark) == ("/tmp/r", "/tmp/b")
+    assert isinstance(config.objective, SafetyConfig)
+    assert (config.objective.concepts, config.evaluation.metrics.clip) == ("/tmp/c.jsonl", "/tmp")
     assert with_absolute_paths(compose_config("run.resume=none")).run.resume == "none"
 
 
