@@ -280,3 +280,9 @@ def test_a_failed_export_leaves_nothing(trained_run: Path, tmp_path: Path) -> No
     (tmp_path / "x.safetensors.partial").mkdir()  # of one that was killed
     export_to(trained_run, tmp_path / "x.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.md", "x.safetensors"]
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"out='.*model\.safetensors': is a folder, and one file is asked for"):
+        ExportConfig("run", str(tmp_path / "model.safetensors"))

@@ -17,7 +17,7 @@ from kontext_train.models.config import FluxConfig, GuidanceIn
 from kontext_train.models.diffusers_format import to_diffusers
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
-from kontext_train.models.safetensors_files import Spec, plan_files, write_files
+from kontext_train.models.safetensors_files import Spec, plan_files, weight_files, write_files
 from kontext_train.models.weights import load
 from tests.models.flux_cases import SHAPES, TINY, pack, random_flux, random_sample
 from tests.runs import in_processes
@@ -184,3 +184,12 @@ def test_files_are_written_in_any_order_and_aligned(tmp_path: Path) -> None:
         write_files(tmp_path, plan, list(tensors.items())[1:], {})
     with pytest.raises(AssertionError, match="half is not what was planned"):
         write_files(tmp_path, plan, [("half", torch.ones(5))], {})
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors\.index\.json: is no index of safetensors files .*Fetch it"
+    ):
+        weight_files(tmp_path)
