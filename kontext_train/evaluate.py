@@ -37,6 +37,7 @@ arena   serves a page where people choose between two images without knowing who
   kontext-evaluate run checkpoint=outputs/first benchmark=kontext-bench out=outputs/eval/first
   torchrun --nproc-per-node 8 -m kontext_train.evaluate run ...
 
+Exit status: 0; 1 if some images were not made or not measured (each is named); 2 if an option or a file is refused.
 docs/evaluation.md says what each number means.
 """
 
@@ -48,7 +49,7 @@ def main() -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE)
         return
-    commands: dict[str, Callable[[Sequence[str]], None]] = {
+    commands: dict[str, Callable[[Sequence[str]], bool]] = {
         "run": lambda rest: run(parse(RunConfig, rest)),
         "score": lambda rest: score(parse(ScoreConfig, rest)),
         "report": lambda rest: report(parse(ReportConfig, rest)),
@@ -58,10 +59,12 @@ def main() -> None:
         if arguments[0] not in commands:
             rule = f"is none of {', '.join(commands)}"
             raise ConfigError("command", arguments[0], rule, "kontext-evaluate --help shows them")
-        commands[arguments[0]](arguments[1:])
+        whole = commands[arguments[0]](arguments[1:])
     except ConfigError as error:
         print(f"kontext-evaluate: {error}", file=sys.stderr)
         sys.exit(2)
+    if not whole:
+        sys.exit(1)
 
 
 def parse(kind: type[C], arguments: Sequence[str]) -> C:
@@ -79,52 +82,62 @@ def parse(kind: type[C], arguments: Sequence[str]) -> C:
     return config
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig) -> bool:
+    """Whether every image of this process's share is there."""
     import torch
 
     from kontext_train.evaluation.benchmark import read_benchmark
-    from kontext_train.evaluation.make_images import describe_model, make_images, settings_of
-    from kontext_train.evaluation.trained import Trained, load_trained
+    from kontext_train.evaluation.make_images import make_images, settings_of
+    from kontext_train.evaluation.trained import Trained, describe_model, load_trained
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     benchmark = read_benchmark(config.benchmark, partial=config.partial)
     out = Path(config.out)
-    model = describe_model(config.checkpoint, config.ema)
+    model = describe_model(config.checkpoint, config.ema, config.encoders)
     settings = settings_of(config.name or out.name, model, benchmark, config.making)
 
     def load() -> Trained:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
         return load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders, device=device)
 
-    made = make_images(load, benchmark, out, settings, config.making, rank, ranks)
+    made = make_images(load, benchmark, out, settings, config.making, rank, ranks, progress=rank == 0)
     share = f" (process {rank} of {ranks})" if ranks > 1 else ""
     print(f"{out}: {made.new} images made, {made.kept} were there, {len(made.failed)} failed{share}")
     for name, reason in made.failed.items():
         print(f"  {name}: {reason}", file=sys.stderr)
+    return not made.failed
 
 
-def score(config: ScoreConfig) -> None:
+def score(config: ScoreConfig) -> bool:
+    """Whether every image was made and measured."""
     from kontext_train.evaluation.metrics.build import build_metrics
     from kontext_train.evaluation.results import open_results
-    from kontext_train.evaluation.scoring import score, table
+    from kontext_train.evaluation.scoring import complete, score, table
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rule = "is more than one process, and score takes one"
+        raise ConfigError("WORLD_SIZE", os.environ["WORLD_SIZE"], rule, "Start it without torchrun")
     results = open_results(config.results)
     metrics, sets = build_metrics(config.metrics)
-    print(table(score(results, metrics, sets, config.metrics.references)))
+    summary = score(results, metrics, sets, config.metrics.references, progress=True)
+    print(table(summary))
+    return complete(summary)
 
 
-def report(config: ReportConfig) -> None:
+def report(config: ReportConfig) -> bool:
     from kontext_train.evaluation.report import write_report
     from kontext_train.evaluation.results import open_results
 
     print(write_report([open_results(folder) for folder in config.results], Path(config.out)))
+    return True
 
 
-def arena(config: ArenaConfig) -> None:
+def arena(config: ArenaConfig) -> bool:
     from kontext_train.evaluation.arena import serve
     from kontext_train.evaluation.results import open_results
 
     serve([open_results(folder) for folder in config.results], config)
+    return True
 
 
 if __name__ == "__main__":

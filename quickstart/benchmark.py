@@ -223,7 +223,7 @@ class StandIn(StrEnum):
 class StandInModel:
     """Knows a request's case by its seed."""
 
-    pixels_per_token, transform = scenes.CELL_PX, TRANSFORM
+    pixels_per_token, transform, made_on = scenes.CELL_PX, TRANSFORM, "no machine"
 
     def __init__(self, kind: StandIn, benchmark: Benchmark, examples: dict[str, Example], seeds: int) -> None:
         self.kind, self.examples = kind, examples

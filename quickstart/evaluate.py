@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kontext_train.evaluation.benchmark import Case, read_benchmark
 from kontext_train.evaluation.config import MakingConfig
-from kontext_train.evaluation.make_images import describe_model, make_images, settings_of
+from kontext_train.evaluation.make_images import make_images, settings_of
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.report import write_report
 from kontext_train.evaluation.results import Results, open_results
 from kontext_train.evaluation.scoring import read_scores, score
-from kontext_train.evaluation.trained import load_trained
+from kontext_train.evaluation.trained import describe_model, load_trained
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.training.metrics import read_metrics
 from kontext_train.training.pictures import save_grid
@@ -88,7 +88,7 @@ def judged(run: Path, out: Path, name: str, samples: int, chains: int) -> Result
 
 def exact(results: Results) -> dict[str, dict[str, float]]:
     """What `Exact` found, by key."""
-    return {image.split("@")[0]: found for image, found in read_scores(results)["exact"]["values"].items()}
+    return {image.split("@")[0]: found for image, found in read_scores(results)["exact"].values.items()}
 
 
 def mean(results: Results, number: str, categories: list[str]) -> float:

@@ -27,6 +27,7 @@ from kontext_train.evaluation.metrics.base import Metric, Shown, Unmeasured
 from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.results import claim, image_file, open_results, write_json
 from kontext_train.evaluation.scoring import score
+from kontext_train.evaluation.trained import machine
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.generate import Request, generate
 from kontext_train.training.pictures import save_grid
@@ -68,6 +69,7 @@ class BenchmarkSlice:
 
     def measure(self, model: nn.Module, step: int) -> dict[str, float]:
         """benchmark/NUMBER and benchmark/NUMBER/turn_N, the same on every rank. Every rank takes part."""
+        self.made_on = machine(self.world.device, next(model.parameters()).dtype)
         images = self._make(model)
         found: list[dict[str, float]] = [{}]
         if self.world.is_main:
@@ -150,7 +152,7 @@ class BenchmarkSlice:
             Image.fromarray(np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())).save(file)
             record = {"key": case.key, "category": case.category, "instruction": case.instruction, "seed": 0}
             record |= {"request_seed": request_seed(case.key, 0), "sampler": asdict(self.making.sampler)}
-            write_json(file.with_suffix(".json"), record | {"latency_s": None, "error": None})
+            write_json(file.with_suffix(".json"), record | {"made_on": self.made_on, "latency_s": None, "error": None})
             truth = [] if case.target is None else [case.target]
             contexts, truths = ([_pixels(f, self.transform) for f in files] for files in (case.contexts, truth))
             rows.append((f"{case.key}: {case.instruction}", [*contexts, images[case.key], *truths]))

@@ -19,13 +19,11 @@ from kontext_train.data.transforms import Transform, load_image
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Benchmark, Case
 from kontext_train.evaluation.config import MakingConfig, Resolution
-from kontext_train.evaluation.results import claim, image_file, read_record, write_json
-from kontext_train.evaluation.trained import is_checkpoint, read_config, read_origin, resolve
+from kontext_train.evaluation.progress import bar
+from kontext_train.evaluation.results import claim, image_file, part_of, read_record, write_json
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
-from kontext_train.models.lora import base_digest
 from kontext_train.randomness import key_of
-from kontext_train.training.checkpoint_files import COMPLETE
 
 
 class Model(Protocol):
@@ -33,6 +31,11 @@ class Model(Protocol):
 
     pixels_per_token: int
     transform: Transform  # of context images
+
+    @property
+    def made_on(self) -> str:
+        """Device, dtype and version of torch, in words: latency is told for each."""
+        ...
 
     def generate(self, requests: Sequence[Request], sampler: SamplerConfig) -> list[Tensor]: ...
 
@@ -51,14 +54,6 @@ class _Job:
     case: Case
     seed: int
     before: Path | None  # the image that a turn edits, if not its case's context
-
-
-def describe_model(checkpoint: str, ema: bool) -> dict[str, Any]:
-    """Which weights these are, for settings."""
-    path = resolve(checkpoint)
-    origin = asdict(read_origin(path, read_config(path), ema))
-    digest = (path / COMPLETE).read_text().strip() if is_checkpoint(path) else base_digest(path)
-    return {"checkpoint": str(path), "digest": digest, **origin}
 
 
 def settings_of(name: str, model: dict[str, Any], benchmark: Benchmark, making: MakingConfig) -> dict[str, Any]:
@@ -85,11 +80,13 @@ def make_images(
     making: MakingConfig,
     rank: int = 0,
     ranks: int = 1,
+    *,
+    progress: bool = False,
 ) -> Made:
     """Make this rank's share of the images that are not in `out` yet. load: gives the model, called if one is needed.
 
     Raises ConfigError if `out` holds images of other settings. A context that cannot be decoded fails its images: they
-    are named in the result and in their records, and tried again next time.
+    are named in the result and in their records, and tried again next time. progress: show it on stderr.
     """
     claim(out, settings, {"seeds": making.seeds, "per_category": making.per_category})
     if making.per_category is not None:
@@ -107,15 +104,18 @@ def make_images(
             ]
         )
     made, maker = Made(), None
+    shown = bar("images", sum(map(len, rounds)), progress)
     for jobs in rounds:
         todo = [job for job in jobs if not _is_there(out, job)]
         made.kept += len(jobs) - len(todo)
+        shown.update(len(jobs) - len(todo))
         if todo and maker is None:
             model = load()
             _check_sizes(benchmark, making, model.pixels_per_token)
-            maker = _Maker(model, out, making, made)
+            maker = _Maker(model, out, making, made, shown.update)
         if todo and maker is not None:
             maker.make(todo)
+    shown.close()
     return made
 
 
@@ -136,8 +136,9 @@ def _check_sizes(benchmark: Benchmark, making: MakingConfig, side: int) -> None:
 
 
 class _Maker:
-    def __init__(self, model: Model, out: Path, making: MakingConfig, made: Made) -> None:
-        self.model, self.out, self.making, self.made = model, out, making, made
+    def __init__(self, model: Model, out: Path, making: MakingConfig, made: Made, count: Callable[[], object]) -> None:
+        """count: called for every image that is made or failed."""
+        self.model, self.out, self.making, self.made, self.count = model, out, making, made, count
         self.transform = replace(model.transform, crop=Crop.center)
         if making.resolution is Resolution.kontext:  # released inference enlarges too
             self.transform = replace(self.transform, resize=Resize.kontext, max_upscale=64.0)
@@ -179,7 +180,7 @@ class _Maker:
         for (job, request), image in zip(ready, images, strict=True):
             file = image_file(self.out, job.case.key, job.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
+            part = part_of(file)
             pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
             Image.fromarray(pixels).save(part, "PNG")
             part.replace(file)
@@ -200,6 +201,7 @@ class _Maker:
             "contexts": [str(file) for file in (case.contexts if job.before is None else (job.before,))],
             "resolution": self.making.resolution.value,
             "sampler": asdict(self.making.sampler),
+            "made_on": self.model.made_on,
             "latency_s": latency_s,
             "error": error,
         }
@@ -211,6 +213,7 @@ class _Maker:
                 "context_sizes": [list(context.shape[1:]) for context in request.contexts],
             }
         write_json(image_file(self.out, case.key, job.seed).with_suffix(".json"), record)
+        self.count()
 
 
 def request_seed(key: str, seed: int) -> int:

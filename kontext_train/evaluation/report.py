@@ -76,7 +76,7 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
 
 
 def _check_measured(model: Results) -> None:
-    if not any(model.folder.glob("scores/*.json")) and not any(model.folder.glob("sets/*.json")):
+    if not any(model.folder.glob("scores/*.jsonl")) and not any(model.folder.glob("sets/*.json")):
         rule = "was not measured: it has no scores"
         raise ConfigError("results", str(model.folder), rule, f"kontext-evaluate score results={model.folder}")
 
@@ -85,7 +85,7 @@ def _values(model: Results) -> dict[str, dict[str, float]]:
     """Numbers by image."""
     found: dict[str, dict[str, float]] = {}
     for scores in read_scores(model).values():
-        for image, numbers in scores["values"].items():
+        for image, numbers in scores.values.items():
             found.setdefault(image, {}).update(numbers)
     return found
 

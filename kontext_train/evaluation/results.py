@@ -3,21 +3,26 @@
 settings.json                  model, benchmark, resolution, sampler: one folder's for ever
 asked.json                     seeds and pairs of the last run: what a score expects to find
 images/seed_0/KEY.png          and KEY.json: its exact settings and latency, or why it was not made
-scores/METRIC.json             what `scoring.py` measured
+scores/METRIC.jsonl            what `scoring.py` measured; sets/ and features/: what `sets.py` did
 summary.json
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Benchmark, Case, read_benchmark
 
 SETTINGS, ASKED, SUMMARY = "settings.json", "asked.json", "summary.json"
-PLACES = ("name", "model.checkpoint", "benchmark.folder")  # settings that decide no pixel: digests say what is there
+PLACES = (
+    "name",
+    "model.checkpoint",
+    "model.encoders.path",
+    "benchmark.folder",
+)  # settings that decide no pixel: digests say what is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +101,19 @@ def open_results(folder: str | Path, key: str = "results") -> Results:
 
 def write_json(file: Path, value: Any) -> None:
     """Whole or not at all. Several processes may write the same file."""
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = part_of(file)
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def part_of(file: Path) -> Path:
+    """A name beside a file, to write what is to take its place. No other process has it, on this machine or another."""
+    return file.with_name(f".{file.name}.{uuid4().hex}")
 
 
 def not_made(results: Results) -> dict[str, str]:
@@ -116,7 +130,10 @@ def not_made(results: Results) -> dict[str, str]:
     return reasons
 
 
-def latencies(results: Results) -> list[float]:
-    """Seconds, of images that were made one at a time."""
-    records = (results.record(case.key, seed) for case, seed in results.images())
-    return [record["latency_s"] for record in records if record is not None and record["latency_s"] is not None]
+def latencies(results: Results) -> dict[str, list[float]]:
+    """Seconds, of images that were made one at a time, by what they were made on."""
+    found: dict[str, list[float]] = {}
+    for record in (results.record(case.key, seed) for case, seed in results.images()):
+        if record is not None and record["latency_s"] is not None:
+            found.setdefault(record.get("made_on", "a machine that was not noted"), []).append(record["latency_s"])
+    return found

@@ -1,158 +1,156 @@
 """Measures the images of a result folder, and sums up.
 
-What is measured is kept, scores/METRIC.json, by image; a later call measures only what is new or failed, unless the
-metric's model is another. sets/METRIC.json is of all images together. summary.json holds every number by category with
-its interval, and names what is missing.
+What is measured is kept as it is found, scores/METRIC.jsonl, a line an image: a stop of any kind loses nothing, and a
+later call measures only what is new or failed, unless the metric's model is another. sets/METRIC.json is of all images
+together (`sets.py`). summary.json holds every number by category with its interval, and names what is missing.
 """
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import ALL, some
-from kontext_train.evaluation.metrics.base import Metric, SetMetric, Shown, Unmeasured, open_rgb
-from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json
+from kontext_train.evaluation.metrics.base import LeftOut, Metric, SetMetric, Shown, Unmeasured
+from kontext_train.evaluation.progress import bar
+from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json, write_text
+from kontext_train.evaluation.sets import compare, read_sets
 
 UNSEEN = "was not measured yet; score again"
-SET_GROUPS = 20  # of base images, each left out once: a set metric is a matrix decomposition
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(slots=True)
+class Scores:
+    """What one metric found, by image. Every image that is there is in one of the three."""
+
+    about: str
+    numbers: dict[str, str]  # which way is better
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # reasons
+    left_out: dict[str, str] = field(default_factory=dict)  # why the metric has nothing to say there
 
 
 def score(
-    results: Results, metrics: Sequence[Metric], set_metrics: Sequence[SetMetric] = (), references: str | None = None
+    results: Results,
+    metrics: Sequence[Metric],
+    set_metrics: Sequence[SetMetric] = (),
+    references: str | None = None,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure what is new, write summary.json and return it."""
+    """Measure what is new, write summary.json and return it. progress: show it on stderr."""
     missing = not_made(results)
     for metric in metrics:
-        _measure(results, metric, missing)
+        _measure(results, metric, missing, progress)
     for set_metric in set_metrics:
-        numbers = _compare(results, set_metric, missing, references)
-        write_json(
-            results.folder / "sets" / f"{set_metric.name}.json", {"of": _made(results, missing), "numbers": numbers}
-        )
+        compare(results, set_metric, missing, references, progress)
     summary = summarise(results)
     write_json(results.folder / SUMMARY, summary)
     return summary
 
 
 def scores_file(results: Results, name: str) -> Path:
-    return results.folder / "scores" / f"{name}.json"
+    return results.folder / "scores" / f"{name}.jsonl"
 
 
-def read_scores(results: Results) -> dict[str, dict[str, Any]]:
+def read_scores(results: Results) -> dict[str, Scores]:
     """What was measured of the images that are there now, by metric. An image that no score has seen has failed."""
     missing = not_made(results)
     there = [name for case, seed in results.images() if (name := image_id(case.key, seed)) not in missing]
     found = {}
-    for file in sorted((results.folder / "scores").glob("*.json")):
-        scores = json.loads(file.read_text())
-        values, failed = scores["values"], scores["failed"]
-        found[file.stem] = scores | {
-            "values": {name: values[name] for name in there if name in values},
-            "failed": {name: failed.get(name, UNSEEN) for name in there if name not in values},
-        }
+    for file in sorted((results.folder / "scores").glob("*.jsonl")):
+        kept = _read(file)
+        if kept is None:
+            continue
+        known = kept.values.keys() | kept.left_out.keys()
+        found[file.stem] = Scores(
+            kept.about,
+            kept.numbers,
+            {name: kept.values[name] for name in there if name in kept.values},
+            {name: kept.failed.get(name, UNSEEN) for name in there if name not in known},
+            {name: kept.left_out[name] for name in there if name in kept.left_out},
+        )
     return found
 
 
-def _made(results: Results, missing: dict[str, str]) -> list[str]:
-    """What sets are of: all single edits that are there, not turns of chains."""
-    names = (image_id(case.key, seed) for case, seed in results.images() if not case.turn)
-    return [name for name in names if name not in missing]
+def _read(file: Path) -> Scores | None:
+    """None of a file whose first line was not written whole. A later line of an image takes the place of an earlier."""
+    scores = None
+    for raw in file.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            break  # torn by a kill
+        if scores is None:
+            scores = Scores(line["about"], line["numbers"])
+            continue
+        for kind in (scores.values, scores.failed, scores.left_out):
+            kind.pop(line["image"], None)
+        getattr(scores, line["kind"])[line["image"]] = line["found"]
+    return scores
 
 
-def _read_sets(results: Results) -> dict[str, dict[str, Any]]:
-    """Comparisons of sets, of the images that are there now."""
-    now = _made(results, not_made(results))
-    found: dict[str, dict[str, Any]] = {}
-    for file in sorted((results.folder / "sets").glob("*.json")):
-        measured = json.loads(file.read_text())
-        if measured["of"] == now:
-            found |= measured["numbers"]
-    return found
-
-
-def _measure(results: Results, metric: Metric, missing: dict[str, str]) -> None:
+def _measure(results: Results, metric: Metric, missing: dict[str, str], progress: bool) -> None:
     file = scores_file(results, metric.name)
-    kept: dict[str, dict[str, float]] = {}
-    if file.is_file():
-        before = json.loads(file.read_text())
-        if before["about"] == metric.about:
-            kept = before["values"]
+    before = _read(file) if file.is_file() else None
     ids = {image_id(case.key, seed): (case, seed) for case, seed in results.images()}
-    values = {name: kept[name] for name in ids if name in kept and name not in missing}
-    todo = [name for name in ids if name not in values and name not in missing]
-    failed: dict[str, str] = {}
+    kept: list[dict[str, Any]] = []
+    if before is not None and before.about == metric.about:
+        known = {"values": before.values, "left_out": before.left_out}  # what failed is tried again
+        kept = [
+            _line(name, kind, found[name]) for kind, found in known.items() for name in found if name not in missing
+        ]
+    have = {line["image"] for line in kept}
+    todo = [name for name in ids if name not in have and name not in missing]
+    head = {"about": metric.about, "numbers": {number: better.value for number, better in metric.numbers.items()}}
+    _write_lines(file, [head, *kept])
 
-    def attempt(name: str) -> dict[str, float] | str:
+    def attempt(name: str) -> dict[str, Any]:
         case, seed = ids[name]
         try:
             found = metric.measure(Shown(case, seed, results.image(case.key, seed)))
+        except LeftOut as reason:
+            return _line(name, "left_out", str(reason))
         except Unmeasured as error:
-            return str(error)
+            return _line(name, "failed", str(error))
         infinite = [number for number, value in found.items() if not np.isfinite(value)]
-        return f"{', '.join(infinite)} is not finite" if infinite else found
-
-    try:
-        with ThreadPoolExecutor(metric.workers) as pool:
-            for name, found in zip(todo, pool.map(attempt, todo), strict=True):
-                if isinstance(found, str):
-                    failed[name] = found
-                else:
-                    values[name] = found
-    finally:  # what a judge was paid for is not lost
-        numbers = {number: better.value for number, better in metric.numbers.items()}
-        write_json(file, {"about": metric.about, "numbers": numbers, "values": values, "failed": failed})
-
-
-def _compare(
-    results: Results, metric: SetMetric, missing: dict[str, str], references: str | None
-) -> dict[str, dict[str, Any]]:
-    wanted = set(_made(results, missing))
-    pairs = [(case, seed) for case, seed in results.images() if image_id(case.key, seed) in wanted]
-    if references is not None:
-        real_files = sorted(f for f in Path(references).iterdir() if f.suffix.lower() in IMAGES)
-    else:
-        real_files = sorted({case.target for case, _ in pairs if case.target is not None})
-    if len(real_files) < 2 or len(pairs) < 2:
-        rule = f"needs two real images and two made ones at least, and there are {len(real_files)} and {len(pairs)}"
-        raise ConfigError(
-            "metrics.references", references, rule, f"Give a folder of images, or leave out {metric.name}"
+        return (
+            _line(name, "failed", f"{', '.join(infinite)} is not finite") if infinite else _line(name, "values", found)
         )
-    failed: dict[str, str] = {}
-    group = {base: i % SET_GROUPS for i, base in enumerate(dict.fromkeys(case.base for case, _ in pairs))}
-    made, groups = [], []
-    for case, seed in pairs:
-        try:
-            made.append(metric.feature(open_rgb(results.image(case.key, seed))))
-            groups.append(group[case.base])
-        except Unmeasured as error:
-            failed[image_id(case.key, seed)] = str(error)
+
+    with file.open("a", encoding="utf-8") as lines:
+        for line in in_threads(attempt, todo, metric.workers, metric.name, progress):
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.flush()  # what a judge was paid for is not lost
+
+
+def in_threads(
+    work: Callable[[str], dict[str, Any]], names: Sequence[str], workers: int, what: str, shown: bool
+) -> Iterator[dict[str, Any]]:
+    """What `work` gives for each name, as it comes. what: names the bar."""
+    pool = ThreadPoolExecutor(workers)
+    done = bar(what, len(names), shown)
     try:
-        real_MD = np.stack([metric.feature(open_rgb(file)) for file in real_files])
-    except Unmeasured as error:
-        raise ConfigError("metrics.references", references, str(error), "Remove or replace it") from error
-    made_ND = np.stack(made)
-    values = metric.compare(made_ND, real_MD)
-    group_N = np.array(groups)
-    rests = [made_ND[group_N != left_out] for left_out in sorted(set(groups))]
-    parts = [metric.compare(rest_ND, real_MD) for rest_ND in rests if len(rest_ND) > 1]
-    found = {}
-    for number, value in values.items():
-        estimate = bootstrap.jackknife(value, [part[number] for part in parts], len(made))
-        found[number] = {
-            "metric": metric.name,
-            "about": f"{metric.about}; against {len(real_MD)} real images",
-            "better": metric.numbers[number].value,
-            "failed": failed,
-            "categories": {ALL: estimate.as_json()},
-        }
-    return found
+        for future in as_completed([pool.submit(work, name) for name in names]):
+            done.update()
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody is asked any more
+        done.close()
+
+
+def _line(image: str, kind: str, found: object) -> dict[str, Any]:
+    """kind: a field of `Scores`."""
+    return {"image": image, "kind": kind, "found": found}
+
+
+def _write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def summarise(results: Results) -> dict[str, Any]:
@@ -160,9 +158,9 @@ def summarise(results: Results) -> dict[str, Any]:
     cases = {image_id(case.key, seed): case for case, seed in results.images()}
     numbers: dict[str, Any] = {}
     for name, scores in read_scores(results).items():
-        for number, better in scores["numbers"].items():
+        for number, better in scores.numbers.items():
             by_category: dict[str, list[tuple[str, float]]] = {}
-            for image, values in scores["values"].items():
+            for image, values in scores.values.items():
                 if number not in values:
                     continue
                 case = cases[image]
@@ -171,28 +169,39 @@ def summarise(results: Results) -> dict[str, Any]:
             estimates = {category: bootstrap.mean(found) for category, found in by_category.items()}
             numbers[number] = {
                 "metric": name,
-                "about": scores["about"],
+                "about": scores.about,
                 "better": better,
-                "failed": scores["failed"],
+                "failed": scores.failed,
+                "left_out": scores.left_out,
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
-    numbers |= _read_sets(results)
+    numbers |= read_sets(results)
+    told = ("categories", "failed", "left_out")
     return {
         "name": results.name,
         "settings": results.settings,
         "asked": len(cases),
         "not_made": not_made(results),
-        "numbers": {number: found for number, found in numbers.items() if found["categories"] or found["failed"]},
+        "numbers": {number: found for number, found in numbers.items() if any(found[key] for key in told)},
         "latency": latency(results),
     }
 
 
-def latency(results: Results) -> dict[str, Any] | None:
-    """Seconds an image: median and 95th percentile. None where images were made several at once."""
-    seconds = latencies(results)
-    median = bootstrap.of_sample(seconds, np.median)
-    p95 = bootstrap.of_sample(seconds, lambda values, axis: np.percentile(values, 95, axis=axis))
-    return None if median is None or p95 is None else {"median_s": median.as_json(), "p95_s": p95.as_json()}
+def latency(results: Results) -> dict[str, dict[str, Any]]:
+    """Seconds an image, median and 95th percentile, by what images were made on. None of those made several at once."""
+    found = {}
+    for made_on, seconds in latencies(results).items():
+        median = bootstrap.of_sample(seconds, np.median)
+        p95 = bootstrap.of_sample(seconds, lambda values, axis: np.percentile(values, 95, axis=axis))
+        assert median is not None
+        assert p95 is not None
+        found[made_on] = {"median_s": median.as_json(), "p95_s": p95.as_json()}
+    return found
+
+
+def complete(summary: dict[str, Any]) -> bool:
+    """Whether every image was made and every metric measured every image that it applies to."""
+    return not summary["not_made"] and not any(found["failed"] for found in summary["numbers"].values())
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -205,10 +214,14 @@ def table(summary: dict[str, Any]) -> str:
         turns = [e for category, e in found["categories"].items() if category.startswith("turn ")]
         if turns:
             lines.append(f"  {number:24} by turn: {' '.join(format(e['value'], '.4g') for e in turns)}")
-        if found["failed"]:
-            lines.append(f"  {number:24} failed on {len(found['failed'])}: {some(list(found['failed']))}")
-    if summary["latency"] is not None:
-        lines += [f"  latency {name:16} {shown(estimate)}" for name, estimate in summary["latency"].items()]
+        for told, what in (("failed", "failed on"), ("left_out", "does not apply to")):
+            if found[told]:
+                lines.append(f"  {number:24} {what} {len(found[told])}: {some(list(found[told]))}")
+    for made_on, seconds in summary["latency"].items():
+        lines += [
+            f"  latency {name:16} {shown(estimate)}  n={estimate['n']} on {made_on}"
+            for name, estimate in seconds.items()
+        ]
     if summary["not_made"]:
         lines.append(f"  not made: {len(summary['not_made'])}: {some(list(summary['not_made']))}")
     return "\n".join(lines)

@@ -1,8 +1,11 @@
 """A trained model, its encoders and its settings, from a checkpoint or an export: one process, no sharding."""
 
+import hashlib
 import json
+import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from kontext_train.training.checkpoint_files import COMPLETE, place
 EXPORT_CONFIG = "kontext_train_config"
 EXPORT_ORIGIN = "kontext_train_origin"
 GROUP_BYTES = 2**30  # of float32 weights that `stream_parameters` holds at once
+NETWORKS, TOKENIZERS = ("vae", "text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # of encoders
 
 
 @dataclass(slots=True)
@@ -39,6 +43,10 @@ class Trained:
     pixels_per_token: int
     transform: Transform  # of context images: as the run saw them, cropped around the centre
     device: torch.device
+
+    @property
+    def made_on(self) -> str:
+        return machine(self.device, next(self.model.parameters()).dtype)
 
     def generate(self, requests: Sequence[Request], sampler: SamplerConfig) -> list[Tensor]:
         """[3, H, W] uint8 images, one a request."""
@@ -75,6 +83,55 @@ def resolve(path: str | Path) -> Path:
     if not holds_weights(path):
         checkpoint.read_record(path)
     return path
+
+
+def describe_model(checkpoint: str, ema: bool, encoders_path: str | None = None) -> dict[str, Any]:
+    """All of a trained model that decides pixels, as JSON-able values: whose weights, which encoders, what schedule.
+
+    encoders_path: as for `load_trained`.
+    """
+    path = resolve(checkpoint)
+    config = read_config(path)
+    origin = asdict(read_origin(path, config, ema))
+    weights = (path / COMPLETE).read_text().strip() if is_checkpoint(path) else base_digest(path)
+    encoders = _encoders_config(config, encoders_path)
+    of_encoders = {"digest": encoders_digest(encoders.path), "dtype": encoders.dtype.value}
+    shift, transform = asdict(section(ShiftConfig, config["flow"])), _transform(config, encoders.pixels_per_token())
+    return {
+        "checkpoint": str(path),
+        "digest": weights,
+        **origin,
+        "encoders": {"path": encoders.path, **of_encoders, "t5_tokens": encoders.t5_tokens},
+        "shift": shift,
+        "sizes": list(transform.decides_size()),
+        "background": list(transform.background),
+    }
+
+
+def encoders_digest(folder: str | Path) -> str:
+    """Of autoencoder, text encoders and tokenizers: small files by each byte, weights as `base_digest` reads them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (*NETWORKS, *TOKENIZERS):
+        stored = Path(folder) / part
+        if holds_weights(stored):
+            digest.update(base_digest(stored, key="encoders.path").encode())
+        for file in sorted(f for f in stored.glob("*") if f.is_file() and f.suffix != ".safetensors"):
+            digest.update(f"{part}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    """What images are made on, in words: latencies of two such are not of one sample."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{name}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+
+
+@cache
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -218,15 +275,26 @@ def load_trained(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head_dim = section(FluxConfig, config["model"]).head_dim
     backend = usable_backend(AttentionBackend.auto, device, dtype, head_dim)  # this machine's, not the training's
-    model = load_model(path, config, ema, attention_function(backend))
-    encoders_config = section(EncodersConfig, config["encoders"] | ({"path": encoders_path} if encoders_path else {}))
+    model = empty_model(config, attention_function(backend)).to(dtype).to_empty(device=device)
+    for name, value in stream_parameters(path, config, ema):  # the host holds a part of the float32 weights at a time
+        assign(model.get_parameter(name).data, value)
+    encoders_config = _encoders_config(config, encoders_path)
     side = encoders_config.pixels_per_token()
-    data = config["data"] | {"sources": {}}  # plain values are no sources, and no shards are read
     return Trained(
-        model=model.to(device, dtype).requires_grad_(False).eval(),
+        model=model.requires_grad_(False).eval(),
         pixels_per_token=side,
         encoders=load_encoders(encoders_config, device),
         shift=section(ShiftConfig, config["flow"]),
-        transform=replace(Transform.of(section(DataConfig, data), side, seed=0), crop=Crop.center),
+        transform=_transform(config, side),
         device=device,
     )
+
+
+def _encoders_config(config: dict[str, Any], path: str | None) -> EncodersConfig:
+    found: EncodersConfig = section(EncodersConfig, config["encoders"] | ({"path": path} if path else {}))
+    return found
+
+
+def _transform(config: dict[str, Any], pixels_per_token: int) -> Transform:
+    data = config["data"] | {"sources": {}}  # plain values are no sources, and no shards are read
+    return replace(Transform.of(section(DataConfig, data), pixels_per_token, seed=0), crop=Crop.center)

@@ -50,6 +50,7 @@ class Inverter:
     """A model: the negative of its context, brighter by its seed's parity; it remembers what it was asked."""
 
     pixels_per_token, transform = 16, Transform(max_pixels=1 << 20, multiple=16)
+    made_on = "paper"
 
     def __init__(self) -> None:
         self.asked: list[Request] = []

@@ -26,6 +26,10 @@ class Unmeasured(ValueError):
     """An image for which a metric has no number although it should; the message is the reason."""
 
 
+class LeftOut(ValueError):
+    """An image that a metric has nothing to say of, though others of its kind have a number; the message says why."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """A made image with its case. Pictures are RGB; those to compare with are cut to the image's size, as runs do."""
@@ -74,7 +78,7 @@ class Metric(Protocol):
     numbers: ClassVar[Mapping[str, Better]]
 
     def measure(self, shown: Shown) -> dict[str, float]:
-        """Some of `numbers`: those that the case has what it takes for. Raises Unmeasured."""
+        """Some of `numbers`: those that the case has what it takes for. Raises Unmeasured or LeftOut."""
         ...
 
 
@@ -110,7 +114,7 @@ def digest(*files: Path) -> str:
 
 
 def load_whole(kind: Any, folder: str) -> tuple[Any, str]:
-    """A transformers model on the CPU, and the digest of its weights. Raises ValueError or OSError.
+    """A transformers model on the CPU, and the digest of its weights and configuration. Raises ValueError or OSError.
 
     from_pretrained fills what a file lacks with random numbers, and only warns.
     """
@@ -127,7 +131,7 @@ def load_whole(kind: Any, folder: str) -> tuple[Any, str]:
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise ValueError(f"its weights lack {len(lacking)} tensors ({some(lacking)})")
-    return model.eval(), digest(*files)
+    return model.eval(), digest(*files, *sorted(Path(folder).glob("*config.json")))  # how images are prepared, too
 
 
 def cosine(a_D: np.ndarray, b_D: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """Is it the same face: cosine of the embeddings of the largest face in the image and in its context.
 
 The detector is an SCRFD with five landmarks (Guo et al. 2021, arXiv 2105.04714), the recogniser any ArcFace-like ONNX:
-112 x 112 RGB in [-1, 1] to one vector. AuraFace's folder has both. A case whose context shows no face has no number; a
-lost face counts as similarity 0, or models that lose faces would look good.
+112 x 112 RGB in [-1, 1] to one vector. AuraFace's folder has both. A case whose context shows no face is left out, by
+name; a lost face counts as similarity 0, or models that lose faces would look good.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import onnxruntime
 from PIL import Image
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest
+from kontext_train.evaluation.metrics.base import Better, LeftOut, Shown, cosine, digest
 
 SIDE = 640  # pixels that the detector sees
 STRIDES, ANCHORS = (8, 16, 32), 2  # of SCRFD's maps; anchors at each of their points
@@ -45,7 +45,7 @@ class Face:
             return {}
         wanted = self.embed(shown.context)
         if wanted is None:
-            return {}
+            raise LeftOut("its context shows no face")
         found = self.embed(shown.image)
         if found is None:
             return {"face_similarity": 0.0, "face_found": 0.0}

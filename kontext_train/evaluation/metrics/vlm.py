@@ -4,6 +4,7 @@ It sees the images before and after and the instruction, and gives two marks fro
 """
 
 import base64
+import hashlib
 import http.client
 import io
 import json
@@ -41,7 +42,8 @@ class Vlm:
         assert config.url is not None
         self.config, self.workers = config, config.concurrency
         self.url = f"{config.url.rstrip('/')}/chat/completions"
-        self.about = f"{config.model} at {config.url}"
+        asked = hashlib.sha256((QUESTION + MAKE_QUESTION).encode()).hexdigest()[:8]
+        self.about = f"{config.model} at {config.url}, question {asked}"
         self.backoff_s = BACKOFF_S
 
     def measure(self, shown: Shown) -> dict[str, float]:
