@@ -1,8 +1,17 @@
 """Small values agreed on by all ranks, in one collective."""
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from kontext_train.distributed.setup import World
+
+ASKED_EVERY_S = 0.2
 
 
 def from_main(value: str | None) -> str | None:
@@ -10,6 +19,24 @@ def from_main(value: str | None) -> str | None:
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]
+
+
+def made_by_main(name: str, make: Callable[[], str], world: World) -> str:
+    """Rank 0's value, on every rank, however long it takes to make: the others ask a store and wait in no collective.
+
+    name: of this value alone, the same on all ranks. A rank 0 that fails or dies ends the others by the watchdog.
+    """
+    if world.size == 1:
+        return make()
+    store: Any = _get_default_store()
+    key = f"made by main/{name}"
+    if world.is_main:
+        value = make()
+        store.set(key, value)
+        return value
+    while not store.check([key]):
+        time.sleep(ASKED_EVERY_S)
+    return store.get(key).decode()
 
 
 def sum_over_ranks(values: dict[str, Tensor], device: torch.device) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """A blind pairwise arena on a local web page: two images of one pair, their models' names nowhere, and a vote.
 
-Votes are lines of a file, written as they are given, so a session goes on where it was. Which comparison comes next and
-which model is on which side are functions of the seed.
+Votes are lines of a file, written as they are given, so a session goes on where it was. The order of comparisons and
+which model is on which side are functions of the seed. Several people may vote at once: each browser has a name of its
+own, no two are shown the same comparison while there are others, and each takes back its own votes alone.
 """
 
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -55,6 +57,7 @@ class Arena:
             raise ConfigError("results", [str(m.folder) for m in models], rule, "kontext-evaluate run makes them")
         self.lock = threading.Lock()
         self.votes: dict[str, dict[str, Any]] = {}  # by comparison, in the order of the votes
+        self.shown: dict[str, int] = {}  # comparisons before voters' eyes
         self._read()
 
     def _read(self) -> None:
@@ -77,21 +80,24 @@ class Arena:
         if vote["winner"] is not None:
             self.votes[vote["comparison"]] = vote
 
-    def vote(self, number: int, winner: str) -> None:
+    def vote(self, number: int, winner: str, voter: str) -> None:
         """Write down a vote on comparison `number`. The first one counts."""
         comparison = self.comparisons[number]
         with self.lock:
             if comparison.name not in self.votes:
-                self._write(comparison.name, winner, comparison)
+                self._write(comparison.name, winner, voter, comparison)
 
-    def undo(self) -> None:
-        """Take the last vote back: it is asked again."""
+    def undo(self, voter: str) -> None:
+        """Take this voter's last vote back: it is asked again."""
         with self.lock:
-            if self.votes:
-                self._write(list(self.votes)[-1], None, None)
+            own = [name for name, vote in self.votes.items() if vote.get("voter", voter) == voter]
+            if own:
+                self._write(own[-1], None, voter, None)
+                self.shown[voter] = next(i for i, c in enumerate(self.comparisons) if c.name == own[-1])
 
-    def _write(self, name: str, winner: str | None, comparison: Comparison | None) -> None:
-        vote: dict[str, Any] = {"comparison": name, "models": self.models, "winner": winner, "time": round(time.time())}
+    def _write(self, name: str, winner: str | None, voter: str, comparison: Comparison | None) -> None:
+        vote: dict[str, Any] = {"comparison": name, "models": self.models, "winner": winner, "voter": voter}
+        vote["time"] = round(time.time())
         if comparison is not None:
             left, right = self.models[comparison.left], self.models[comparison.right]
             vote |= {"left": left, "right": right, "base": comparison.case.base, "category": comparison.case.category}
@@ -100,11 +106,10 @@ class Arena:
             file.write(json.dumps(vote) + "\n")
         self._take(vote)
 
-    def next(self) -> dict[str, Any]:
+    def next(self, voter: str) -> dict[str, Any]:
         """What the page shows: nothing in it tells the models."""
         with self.lock:
-            done = len(self.votes)
-            number = next((i for i, c in enumerate(self.comparisons) if c.name not in self.votes), None)
+            done, number = len(self.votes), self._number_for(voter)
         progress = {"done": done, "total": len(self.comparisons)}
         if number is None:
             return {"finished": True, **progress}
@@ -112,6 +117,17 @@ class Arena:
         contexts = [f"/image/{number}/{i}" for i in range(len(case.contexts))]
         images = {side: f"/image/{number}/{side}" for side in ("left", "right")}
         return {"number": number, "instruction": case.instruction, "contexts": contexts, **images, **progress}
+
+    def _number_for(self, voter: str) -> int | None:
+        """What this voter is looking at, or the first that nobody else is; near the end, any that is left."""
+        left = [i for i, comparison in enumerate(self.comparisons) if comparison.name not in self.votes]
+        others = {number for other, number in self.shown.items() if other != voter}
+        own = self.shown.get(voter)
+        if own not in left:
+            own = next((i for i in left if i not in others), left[0] if left else None)
+        if own is not None:
+            self.shown[voter] = own
+        return own
 
     def picture(self, number: int, which: str) -> Path:
         comparison = self.comparisons[number]
@@ -146,6 +162,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
     wrong = [name for name in fields if not isinstance(vote[name], str)]
     if vote["winner"] not in (None, *SCORES):
         wrong.append("winner")
+    if not isinstance(vote.get("voter", ""), str):
+        wrong.append("voter")
     if not isinstance(vote["models"], list) or not all(isinstance(model, str) for model in vote["models"]):
         wrong.append("models")
     elif vote["winner"] is not None:
@@ -175,6 +193,10 @@ def _comparisons(models: Sequence[Results], seed: int) -> list[Comparison]:
     return found
 
 
+def _is_voter(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[0-9a-z]{1,32}", name) is not None
+
+
 def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
     """A server, not started yet."""
     page = (PAGES / "arena.html").read_bytes()
@@ -187,8 +209,8 @@ def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
             match self.path.strip("/").split("/"):
                 case [""]:
                     self._answer(page, "text/html; charset=utf-8")
-                case ["next"]:
-                    self._json(arena.next())
+                case ["next", voter] if _is_voter(voter):
+                    self._json(arena.next(voter))
                 case ["export"]:
                     self._json(arena.export())
                 case ["image", number, which] if self._is_image(number, which):
@@ -211,18 +233,21 @@ def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
                 return
             try:
                 given = json.loads(self.rfile.read(length))
+                voter = given["voter"]
+                if not _is_voter(voter):
+                    raise ValueError(voter)
                 if self.path == "/undo":
-                    arena.undo()
+                    arena.undo(voter)
                 elif (
                     self.path == "/vote" and given["winner"] in SCORES and 0 <= given["number"] < len(arena.comparisons)
                 ):
-                    arena.vote(given["number"], given["winner"])
+                    arena.vote(given["number"], given["winner"], voter)
                 else:
                     raise ValueError(self.path)
             except (ValueError, KeyError, TypeError):
                 self.send_error(HTTPStatus.BAD_REQUEST)
                 return
-            self._json(arena.next())
+            self._json(arena.next(voter))
 
         def _json(self, value: dict[str, Any]) -> None:
             self._answer(json.dumps(value).encode(), "application/json")

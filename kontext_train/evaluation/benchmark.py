@@ -48,17 +48,13 @@ class Case:
     width: int | None = None
     turn: int = 0  # of a chain, from 1
     home: bool = False  # the chain's edits undo each other: this turn should show the first image again
+    base: str = ""  # what results have in common: prompts on one image, by its place in the folder, are not independent
 
     @property
     def before(self) -> str:
         """The key of the turn before."""
         assert self.turn > 1
         return f"{self.key.rsplit('_', 1)[0]}_{self.turn - 1}"
-
-    @property
-    def base(self) -> str:
-        """What results have in common: prompts on one image are not independent."""
-        return self.contexts[0].name if self.contexts else self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +163,9 @@ def _pair(folder: Path, line: dict[str, Any], where: str, key: str) -> Case:
         raise ConfigError(key, where, f"has reference_file_names {references!r}, no list", 'For example ["a.png"]')
     files = [_file(folder, line.get("file_name"), "file_name", where, key)]
     files += [_file(folder, file, "reference_file_names", where, key) for file in references]
+    name = _safe_key(line, where, key)
     return Case(
-        key=_safe_key(line, where, key),
+        key=name,
         category=category,
         instruction=_text(line, "instruction", where, key),
         contexts=tuple(file for file in files if file is not None),
@@ -179,6 +176,7 @@ def _pair(folder: Path, line: dict[str, Any], where: str, key: str) -> Case:
         target_caption=_optional(line, "target_caption", where, key),
         height=_side(line, "height", where, key),
         width=_side(line, "width", where, key),
+        base=_base(folder, files[0]) or f"@{name}",
     )
 
 
@@ -192,6 +190,10 @@ def _file(folder: Path, given: object, name: str, where: str, key: str) -> Path 
         rule = f"has the {name} {given!r}, which leads out of the benchmark's folder"
         raise ConfigError(key, where, rule, "Put the file into the folder, and name it from there")
     return folder / given
+
+
+def _base(folder: Path, context: Path | None) -> str:
+    return "" if context is None else context.relative_to(folder).as_posix()
 
 
 def _optional(line: dict[str, Any], name: str, where: str, key: str) -> str | None:
@@ -231,6 +233,7 @@ def _chain(folder: Path, line: dict[str, Any], where: str, key: str) -> tuple[Ca
             mask=masks[turn - 1],
             turn=turn,
             home=bool(line.get("home")) and turn == len(instructions),
+            base=_base(folder, start),
         )
         for turn, instruction in enumerate(instructions, start=1)
     )

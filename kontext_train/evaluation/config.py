@@ -1,8 +1,10 @@
 """Choices of this room. Torch-free."""
 
+import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig
@@ -51,24 +53,44 @@ class RunConfig:
         _given(self, "checkpoint", "benchmark", "out")
 
 
+DEFAULT_KEY = "OPENAI_API_KEY"
+
+
 @dataclass(slots=True)
 class VlmConfig:
     """A judge behind an OpenAI-compatible endpoint."""
 
     url: str | None = None  # http://host:8000/v1; none does not ask
     model: str = ""
-    key_variable: str = "OPENAI_API_KEY"  # the environment variable with the key; one that is not set sends none
+    key_variable: str = DEFAULT_KEY  # the environment variable with the key; no key is sent if this one is not set
     timeout_s: float = 120.0
     retries: int = 3
     concurrency: int = 4  # questions at once
 
     def __post_init__(self) -> None:
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                "metrics.vlm.url", self.url, "must be an HTTP address", "For example http://localhost:8000/v1"
-            )
+        if self.url is not None and not _is_http(self.url):
+            hint = "For example http://localhost:8000/v1"
+            raise ConfigError("metrics.vlm.url", self.url, "must be an HTTP address without a query", hint)
         if self.url is not None and not self.model:
             raise ConfigError("metrics.vlm.model", "", "must be given with metrics.vlm.url", "The server's model name")
+        if self.url is None and self.model:
+            raise ConfigError("metrics.vlm.model", self.model, "has no effect without metrics.vlm.url", "Give both")
+        if self.url is not None and self.key_variable != DEFAULT_KEY and not os.environ.get(self.key_variable):
+            rule = "is not set in the environment, or empty"
+            raise ConfigError("metrics.vlm.key_variable", self.key_variable, rule, f"export {self.key_variable}=KEY")
+        for key, least in (("timeout_s", 0.001), ("retries", 0), ("concurrency", 1)):
+            value = getattr(self, key)
+            if not least <= value < float("inf"):
+                rule = f"must be a number of at least {least}"
+                raise ConfigError(f"metrics.vlm.{key}", value, rule, f"Use {getattr(VlmConfig(), key)}")
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # a port that is no number
+        return False
 
 
 METRIC_FILES = ("clip", "dino", "aesthetic", "lpips", "face", "inception", "references")

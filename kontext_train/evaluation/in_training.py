@@ -1,8 +1,10 @@
 """A small part of a benchmark, made and measured while a model trains, into run.dir/benchmark/step_N.
 
-All ranks make images, each its share, because the model is sharded over them; rank 0 writes and measures.
+All ranks make images, each its share, because the model is sharded over them; rank 0 writes and measures, while the
+others wait in no collective: a judge may take longer than one is allowed to.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from kontext_train.data.encode import Encoders
 from kontext_train.data.transforms import Transform, load_image
+from kontext_train.distributed.reduce import made_by_main
 from kontext_train.distributed.setup import World
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import ALL, Benchmark, Case, files_of, read_benchmark
@@ -57,25 +60,33 @@ class BenchmarkSlice:
         full = read_benchmark(config.benchmark, partial=True, key="evaluation.benchmark")
         self.benchmark = full.first(config.per_category)
         self.making = MakingConfig(per_category=config.per_category, sampler=sampler)
-        self.metrics, sets = build_metrics(config.metrics) if world.is_main else ([], [])
+        _check_images(self.benchmark, transform)
+        self.metrics: list[Metric] = []
+        self.measured = 0  # slices: names what rank 0 tells the others
+        self.best_by, self.world = best_by, world
+        made_by_main("benchmark/metrics", lambda: self._build(config), world)
+        self.encoders, self.shift, self.transform = encoders, shift, transform
+        self.guidance_embed, self.folder = guidance_embed, run_dir / "benchmark"
+
+    def _build(self, config: InTrainingConfig) -> str:
+        self.metrics, sets = build_metrics(config.metrics)
         if sets:
             rule = "compare large sets, which a slice is not"
             raise ConfigError("evaluation.metrics", [s.name for s in sets], rule, "Leave them to kontext-evaluate")
-        _check_images(self.benchmark, transform)
-        if world.is_main and best_by.startswith("benchmark/"):
-            _check_best_by(best_by, self.metrics, self.benchmark)
-        self.encoders, self.shift, self.transform = encoders, shift, transform
-        self.guidance_embed, self.world, self.folder = guidance_embed, world, run_dir / "benchmark"
+        if self.best_by.startswith("benchmark/"):
+            _check_best_by(self.best_by, self.metrics, self.benchmark)
+        return ""
 
     def measure(self, model: nn.Module, step: int) -> dict[str, float]:
         """benchmark/NUMBER and benchmark/NUMBER/turn_N, the same on every rank. Every rank takes part."""
         self.made_on = machine(self.world.device, next(model.parameters()).dtype)
         images = self._make(model)
-        found: list[dict[str, float]] = [{}]
-        if self.world.is_main:
-            found = [self._score(images, step)]
-        dist.broadcast_object_list(found, src=0, device=self.world.device)
-        return found[0]
+        self.measured += 1
+        told = made_by_main(
+            f"benchmark/{self.measured}", lambda: json.dumps(self._score(images, step)), self.world
+        )  # a judge may be slow
+        found: dict[str, float] = json.loads(told)
+        return found
 
     def picture(self, step: int) -> Path:
         return self._place(step) / GRID

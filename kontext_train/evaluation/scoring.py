@@ -101,10 +101,9 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
     ids = {image_id(case.key, seed): (case, seed) for case, seed in results.images()}
     kept: list[dict[str, Any]] = []
     if before is not None and before.about == metric.about:
-        known = {"values": before.values, "left_out": before.left_out}  # what failed is tried again
-        kept = [
-            _line(name, kind, found[name]) for kind, found in known.items() for name in found if name not in missing
-        ]
+        known: dict[str, dict[str, Any]] = {"values": {**before.values}, "left_out": {**before.left_out}}
+        kept = [_line(name, kind, found[name]) for kind, found in known.items() for name in found]  # no failures: again
+        kept = [line for line in kept if line["image"] not in missing]
     have = {line["image"] for line in kept}
     todo = [name for name in ids if name not in have and name not in missing]
     head = {"about": metric.about, "numbers": {number: better.value for number, better in metric.numbers.items()}}

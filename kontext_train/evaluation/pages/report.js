@@ -27,6 +27,7 @@ function drawFailures() {
   let any = false;
   for (const model of DATA.models) {
     const groups = [["images were not made", model.not_made]];
+    const leftOut = Object.entries(model.numbers).filter(([, found]) => Object.keys(found.left_out).length);
     for (const [number, found] of Object.entries(model.numbers)) groups.push([`images have no ${number}`, found.failed]);
     for (const [what, failed] of groups) {
       const entries = Object.entries(failed);
@@ -35,6 +36,12 @@ function drawFailures() {
       const list = element("ul", {}, ...entries.map(([id, why]) => element("li", {}, `${id}: ${why}`)));
       const head = element("summary", {}, `${model.name}: ${entries.length} of ${model.asked} ${what}. No mean includes them.`);
       $("failures").append(element("details", { class: "alarm" }, head, list));
+    }
+    for (const [number, found] of leftOut) {
+      const entries = Object.entries(found.left_out);
+      const list = element("ul", {}, ...entries.map(([id, why]) => element("li", {}, `${id}: ${why}`)));
+      const head = element("summary", {}, `${model.name}: ${number} does not apply to ${entries.length}. No mean includes them.`);
+      $("left_out").append(element("details", { class: "aside" }, head, list));
     }
   }
   if (!any) $("failures").append(element("p", { class: "fine" }, "Every image was made, and every metric measured every image it applies to."));
@@ -60,12 +67,23 @@ function drawNumbers(category) {
     }
     rows.push(element("tr", {}, label, ...cells.map((cell) => cell ?? element("td", {}, "–"))));
   }
-  for (const [key, label] of [["median_s", "seconds an image, median"], ["p95_s", "seconds an image, 95th percentile"]]) {
-    const cells = DATA.models.map((model) =>
-      element("td", {}, model.latency ? interval(model.latency[key]) : "not measured: several at once"));
-    rows.push(element("tr", {}, element("th", {}, label), ...cells));
-  }
   $("numbers").replaceChildren(...rows);
+}
+
+/** Seconds an image, a row for each kind of machine: what was made on two is no sample of either. */
+function drawLatency() {
+  const machines = [...new Set(DATA.models.flatMap((model) => Object.keys(model.latency)))];
+  if (!machines.length) return void $("latency").append(element("p", { class: "note" }, "Not measured: images were made several at once."));
+  const rows = [element("tr", {}, element("th", {}, ""), ...names.map((name) => element("th", {}, name)))];
+  for (const machine of machines) {
+    rows.push(element("tr", {}, element("th", { class: "machine", colspan: names.length + 1 }, machine)));
+    for (const [key, label] of [["median_s", "median"], ["p95_s", "95th percentile"]]) {
+      const cells = DATA.models.map((model) => model.latency[machine]?.[key]).map((found) => found
+        ? element("td", {}, interval(found), element("small", {}, `  n=${found.n}`)) : element("td", {}, "–"));
+      rows.push(element("tr", {}, element("th", {}, `seconds an image, ${label}`), ...cells));
+    }
+  }
+  $("latency").append(element("div", { class: "scroll" }, element("table", {}, ...rows)));
 }
 
 /** Where a number is of one turn alone, as the way home of a chain is, that turn. */
@@ -238,7 +256,7 @@ function drawPicture(file, label, onclick) {
 
 // The viewer ---------------------------------------------------------------------------------------------------------
 
-const view = { row: 0, turn: 0, choice: 0, timer: null, back: null };
+const view = { row: 0, turn: 0, choice: 0, before: null, timer: null, back: null };
 const seen = () => state.rows[view.row][1][view.turn];
 
 function choices() {
@@ -251,7 +269,7 @@ function choices() {
 }
 
 function openViewer(row, turn, choice) {
-  Object.assign(view, { row, turn, choice, back: null });
+  Object.assign(view, { row, turn, choice, back: null, before: null });
   if (!$("viewer").open) $("viewer").showModal();
   drawViewer();
 }
@@ -273,9 +291,16 @@ function drawViewer() {
 }
 
 function show(choice) {
+  if (choice !== view.choice && choices().some(([id]) => id === choice)) view.before = view.choice;
   view.back = null;
   view.choice = choice;
   drawViewer();
+}
+
+/** Between the two pictures that were chosen last: two models, or one and the truth. */
+function swap() {
+  const one = names.length > 1 ? 2 : "t";
+  show(view.before ?? (view.choice === 1 ? one : 1));
 }
 
 /** Between the context and what was shown before it. */
@@ -291,9 +316,10 @@ function toggle() {
   view.back = back;
 }
 
-function flicker() {
-  if (view.timer === null) view.timer = setInterval(toggle, 400);
-  else stopFlicker();
+function flicker(between) {
+  const running = view.timer !== null;
+  stopFlicker();
+  if (!running) view.timer = setInterval(between, 400);
 }
 
 function stopFlicker() {
@@ -329,7 +355,7 @@ document.addEventListener("keydown", (event) => {
   const inViewer = $("viewer").open;
   const own = inViewer
     ? { ArrowRight: () => step(1), ArrowLeft: () => step(-1), j: () => step(1), k: () => step(-1), t: () => show("t"),
-        " ": toggle, f: flicker, z: () => $("stage").classList.toggle("zoomed") }
+        " ": toggle, f: () => flicker(toggle), x: swap, g: () => flicker(swap), z: () => $("stage").classList.toggle("zoomed") }
     : { j: () => focusRow(1), k: () => focusRow(-1), c: () => next($("category")), s: () => next($("order")),
         Enter: () => state.rows.length && openViewer(state.focus, 0, 1),
         "?": () => state.rows.length && openViewer(state.focus, 0, 0) };
@@ -360,6 +386,7 @@ $("order").addEventListener("change", () => {
 });
 drawFailures();
 drawNumbers("all");
+drawLatency();
 drawOrigin();
 drawDrift();
 drawRows();
