@@ -142,14 +142,20 @@ def there_and_back(scene: Scene) -> list[Edit]:
 def _pair(folder: Path, key: str, category: str, example: Example, with_context: bool) -> dict[str, Any]:
     target = scenes.draw(example.target)
     line: dict[str, Any] = {"key": key, "category": category, "instruction": example.prompt}
-    line |= {"height": target.shape[0], "width": target.shape[1]}
+    line |= {"height": target.shape[0], "width": target.shape[1], "target_caption": caption(example.target)}
     if not (example.contexts and with_context):
         return line  # of text-to-image many images are right, and `Exact` knows them
     first, *others = (_save(folder, f"{key}.{i}", scenes.draw(scene)) for i, scene in enumerate(example.contexts))
-    line |= {"file_name": first, "reference_file_names": others}
+    line |= {"file_name": first, "reference_file_names": others, "source_caption": caption(example.contexts[0])}
     line["target_file_name"] = _save(folder, f"{key}.target", target)
     line["mask_file_name"] = _save(folder, f"{key}.mask", changed_cells(example.contexts[0], [example.target]))
     return line
+
+
+def caption(scene: Scene) -> str:
+    """All that it shows, and no places."""
+    things = " and ".join(sorted(f"a {thing.colour} {thing.shape}" for thing in scene.things))
+    return f"{things} on a {scene.background} background" if things else f"a {scene.background} background"
 
 
 def _chain(folder: Path, key: str, chain: Chain) -> dict[str, Any]:

@@ -1,21 +1,16 @@
 """Every metric against code we did not write or numbers known beforehand, with models small enough to make here."""
 
-import json
 import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +18,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Case
@@ -34,21 +29,42 @@ from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.metrics.clip import Aesthetic, Clip, ClipEmbedder
 from kontext_train.evaluation.metrics.dino import Dino
 from kontext_train.evaluation.metrics.face import TEMPLATE, Face, aligned
-from kontext_train.evaluation.metrics.lpips import Lpips, alexnet_features
+from kontext_train.evaluation.metrics.lpips import Lpips
 from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_text
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.metrics.vlm import Vlm
-from kontext_train.evaluation.results import open_results
-from kontext_train.evaluation.scoring import score
-from quickstart.benchmark import StandIn, make_stand_in, write_benchmark
-from tests.runs import ENCODERS
+from tests.evaluation import small_models
+from tests.evaluation.judge import Judge, judging
+from tests.evaluation.small_models import FACE_AT, LANDMARKS, noise, portrait
 
 CPU = torch.device("cpu")
 META = {"format": "pt"}  # transformers asks for it
 
 
-def noise(seed: int, height: int = 96, width: int = 128) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+@pytest.fixture(scope="module")
+def alexnet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_models.alexnet(tmp_path_factory.mktemp("alexnet"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_models.clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_models.dino(tmp_path_factory.mktemp("dino"))
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_models.faces(tmp_path_factory.mktemp("faces"))
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    with judging() as server:
+        yield server
 
 
 def shown(folder: Path, image: Image.Image, **of: Any) -> Shown:
@@ -138,16 +154,6 @@ def test_a_file_that_cannot_be_decoded_is_unmeasured(tmp_path: Path) -> None:
 # LPIPS ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alexnet(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with torchvision's names and random weights."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
-    state = {f"features.{name}": value for name, value in alexnet_features().state_dict().items()}
-    torch.save(state | {"classifier.1.weight": torch.zeros(2, 2)}, file)
-    return str(file)
-
-
 def test_lpips_is_torchmetrics(alexnet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Lpips(alexnet, CPU)
     # torchmetrics takes its backbone from torchvision; it gets the same layers from us, the rest is its own.
@@ -173,27 +179,6 @@ def test_masked_lpips_sees_nothing_of_the_edit(alexnet: str, tmp_path: Path) -> 
 
 
 # CLIP and DINO --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random CLIP with the quickstart's tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(ENCODERS / "tokenizer")
-    tokenizer.save_pretrained(folder)
-    common = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "eos_token_id": tokenizer.eos_token_id,
-        **common,
-    }
-    CLIPModel(
-        CLIPConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **common}, projection_dim=16)
-    ).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
 
 
 def test_clip_embeddings_are_the_models_own(clip: str) -> None:
@@ -235,16 +220,6 @@ def test_the_aesthetic_head_is_its_linear_layers(clip: str, tmp_path: Path) -> N
     torch.save(nn.Linear(768, 1).state_dict(), file)
     with pytest.raises(ConfigError, match=r"takes embeddings of 768 numbers, and metrics\.clip gives 16"):
         Aesthetic(embedder, str(file))
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dino")
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return str(folder)
 
 
 def test_dino_compares_class_tokens(dino: str, tmp_path: Path) -> None:
@@ -339,118 +314,7 @@ def test_inception_is_a_torchscript_file(tmp_path: Path) -> None:
         distribution.Inception(str(tmp_path / "broken.pt"), CPU)
 
 
-# Models of known quality ----------------------------------------------------------------------------------------------
-
-
-class Pooled(nn.Module):
-    """Features of any image: its mean colours on a grid of 4 x 4."""
-
-    def forward(self, images: torch.Tensor, return_features: bool = True) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(images.to(torch.float64) / 64, 4).flatten(1)
-
-
-Means = dict[StandIn, dict[str, float]]
-
-
-@pytest.fixture(scope="module")
-def means(alexnet: str, clip: str, dino: str, tmp_path_factory: pytest.TempPathFactory) -> Means:
-    """Every number over all pairs of the scenes, of models whose quality is known."""
-    folder = tmp_path_factory.mktemp("stand_ins")
-    torch.jit.script(Pooled()).save(str(folder / "inception.pt"))
-    write_benchmark(folder / "scenes", samples=12, chains=0)
-    options = {"lpips": alexnet, "clip": clip, "dino": dino, "inception": str(folder / "inception.pt"), "cmmd": True}
-    metrics, sets = build_metrics(MetricsConfig(**options))
-    found: Means = {}
-    for kind in StandIn:
-        results = open_results(make_stand_in(kind, folder / "scenes", folder / kind.value))
-        real = str(folder / "truth" / "images" / "seed_0")
-        numbers = score(results, metrics, sets, real)["numbers"]
-        for number in ("fid", "kid", "cmmd"):
-            estimate = numbers[number]["categories"]["all"]
-            assert estimate["low"] <= estimate["value"] <= estimate["high"]
-        found[kind] = {name: numbers[name]["categories"]["all"]["value"] for name in numbers}
-    return found
-
-
-@pytest.mark.parametrize("number", ["lpips_target", "fid", "kid", "cmmd"])
-def test_the_truth_is_nearest_to_itself(means: Means, number: str) -> None:
-    found = {kind: means[kind][number] for kind in StandIn}
-    if number != "kid":  # unbiased, so below 0 for one set twice
-        assert found[StandIn.TRUTH] == pytest.approx(0, abs=1e-6)
-    bad = [found[kind] for kind in (StandIn.COPY, StandIn.NOISE, StandIn.OTHER)]
-    if number == "lpips_target":  # of pairs; to random layers another scene may be farther than noise
-        assert found[StandIn.TRUTH] < min(bad)
-    else:  # of sets, which another pair's answers leave nearly as they are
-        assert abs(found[StandIn.OTHER] - found[StandIn.TRUTH]) < found[StandIn.COPY] - found[StandIn.TRUTH]
-        assert found[StandIn.COPY] < found[StandIn.NOISE]
-
-
-@pytest.mark.parametrize("number", ["lpips_image", "lpips_untouched", "clip_image", "dino_image"])
-def test_a_copy_is_nearest_to_its_context_and_another_answer_is_far(means: Means, number: str) -> None:
-    sign, best = (1, 0) if number.startswith("lpips") else (-1, 1)
-    assert means[StandIn.COPY][number] == pytest.approx(best, abs=1e-6)
-    far = {kind: sign * (means[kind][number] - best) for kind in StandIn}
-    assert far[StandIn.TRUTH] < min(far[StandIn.OTHER], far[StandIn.NOISE])
-    assert (far[StandIn.TRUTH] == 0) == (number == "lpips_untouched"), "only what is masked is blind to the edit"
-
-
 # Faces ----------------------------------------------------------------------------------------------------------------
-
-FACE_AT = (30, 20)  # anchor point, in strides of 16, that the detector below finds if there is red in the image
-LANDMARKS = np.array([(-2.0, -1.5), (2.0, -1.5), (0.0, 0.5), (-1.5, 2.5), (1.5, 2.5)])  # from there, in strides
-
-
-def constant(name: str, value: np.ndarray) -> onnx.NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value.astype(np.float32), name))
-
-
-def write_model(file: Path, nodes: list[onnx.NodeProto], side: int, outputs: list[str]) -> None:
-    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, side, side])
-    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
-    model = helper.make_model(
-        helper.make_graph(nodes, "graph", [given], made), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
-    )
-    onnx.save(model, file)
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SCRFD that finds one face, at a known place, where an image has red; a recogniser that gives mean colours."""
-    folder = tmp_path_factory.mktemp("faces")
-    nodes = [
-        constant("red_only", np.array([1, -1, -1]).reshape(1, 3, 1, 1)),
-        helper.make_node("Mul", ["input", "red_only"], ["weighed"]),
-        helper.make_node("ReduceSum", ["weighed", "channels"], ["redness"], keepdims=0),
-        helper.make_node("ReduceMax", ["redness"], ["reddest"], keepdims=0),
-        helper.make_node(
-            "Constant", [], ["channels"], value=numpy_helper.from_array(np.array([1], np.int64), "channels")
-        ),
-    ]
-    nodes = [nodes[-1], *nodes[:-1]]
-    scores, boxes, points = [], [], []
-    for stride in (8, 16, 32):
-        count, own = (640 // stride) ** 2 * 2, stride == 16
-        score, box, point = np.zeros((count, 1)), np.zeros((count, 4)), np.zeros((count, 10))
-        if own:
-            i = (FACE_AT[1] * (640 // stride) + FACE_AT[0]) * 2 + 1
-            score[i], box[i], point[i] = 0.3, (3, 3, 3, 4), LANDMARKS.reshape(-1)
-        nodes += [constant(f"s{stride}", score), constant(f"b{stride}", box), constant(f"k{stride}", point)]
-        nodes += [helper.make_node("Mul", [f"s{stride}", "reddest"], [f"score{stride}"])]
-        scores.append(f"score{stride}")
-        boxes.append(f"b{stride}")
-        points.append(f"k{stride}")
-    write_model(folder / "scrfd_test.onnx", nodes, 640, [*scores, *boxes, *points])
-    mean = helper.make_node("ReduceMean", ["input"], ["embedding"], axes=[2, 3], keepdims=0)
-    write_model(folder / "glintr_test.onnx", [mean], 112, ["embedding"])
-    return str(folder)
-
-
-def portrait(colour: tuple[int, int, int]) -> Image.Image:
-    """Of 320 x 320, so half the detector's scale: a patch of one colour where it finds a face."""
-    image = Image.new("RGB", (320, 320))
-    x, y = (16 * FACE_AT[0] / 2, 16 * FACE_AT[1] / 2)
-    ImageDraw.Draw(image).rectangle((x - 70, y - 70, x + 70, y + 70), fill=colour)
-    return image
 
 
 def test_landmarks_are_where_the_detector_puts_them(faces: str) -> None:
@@ -540,54 +404,6 @@ def test_the_text_asked_for_is_what_stands_in_quotes_at_the_end(instruction: str
 
 
 # A judge --------------------------------------------------------------------------------------------------------------
-
-
-class Judge(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint that answers what it is told to."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Asked)
-        self.answers: list[str | int] = []  # in turn, the last for ever; a number is an HTTP status
-        self.requests: list[tuple[dict[str, Any], str | None]] = []
-        self.released = threading.Event()  # those whom "nothing" answers
-
-
-class _Asked(BaseHTTPRequestHandler):
-    server: Judge
-
-    def log_message(self, *arguments: object) -> None:
-        """Silent."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((body, self.headers.get("Authorization")))
-        answer = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
-        if self.path != "/v1/chat/completions" or isinstance(answer, int):
-            self.send_error(answer if isinstance(answer, int) else 404)
-            return
-        raw = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
-        if answer == "no status":
-            self.wfile.write(b"?\r\n\r\n")
-            return
-        if answer == "nothing":
-            self.server.released.wait()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(raw) + 10 * (answer == "cut")))
-        self.end_headers()
-        self.wfile.write(raw)
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    server = Judge()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ class Clip:
             return found
         context = embed.image(shown.context)
         found["clip_image"] = cosine(image, context)
-        if case.source_caption and case.target_caption:
+        if case.source_caption and case.target_caption and case.source_caption != case.target_caption:
             words = embed.text(case.target_caption) - embed.text(case.source_caption)
             found["clip_direction"] = cosine(image - context, words)
         return found
