@@ -10,7 +10,8 @@ from PIL import Image
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.config import MakingConfig, Resolution
 from kontext_train.evaluation.make_images import request_seed
-from kontext_train.evaluation.results import latencies, not_made, open_results
+from kontext_train.evaluation.results import latencies, not_made, open_results, write_json
+from kontext_train.evaluation.scoring import latency
 from kontext_train.flow.config import SamplerConfig
 from tests.evaluation.cases import Inverter, benchmark, line, make, save_image
 
@@ -113,11 +114,32 @@ def test_latency_is_of_single_images_after_a_warm_up(tmp_path: Path) -> None:
     model = Inverter()
     make(model, folder, tmp_path / "single", MakingConfig(at_once=1))
     assert model.calls == 4, "the first image is made twice"
-    seconds = latencies(open_results(tmp_path / "single"))
+    (seconds,) = latencies(open_results(tmp_path / "single")).values()
     assert len(seconds) == 3
     assert min(seconds) > 0
     make(Inverter(), folder, tmp_path / "together", MakingConfig(at_once=2))
-    assert latencies(open_results(tmp_path / "together")) == []
+    assert latencies(open_results(tmp_path / "together")) == {}
+
+
+def test_latency_is_told_for_each_machine(tmp_path: Path) -> None:
+    folder, model = benchmark(tmp_path / "b", [line(i) for i in range(6)]), Inverter()
+    for rank, machine in enumerate(("H100, bfloat16, torch 2.13", "A100, bfloat16, torch 2.13")):
+        model.made_on = machine
+        make(model, folder, tmp_path / "out", MakingConfig(at_once=1), rank, ranks=2)
+    results = open_results(tmp_path / "out")
+    assert {name: len(seconds) for name, seconds in latencies(results).items()} == {
+        "H100, bfloat16, torch 2.13": 3,
+        "A100, bfloat16, torch 2.13": 3,
+    }
+    record = results.record("0001", 0)
+    assert record is not None
+    assert record["made_on"] == "A100, bfloat16, torch 2.13"
+    record["latency_s"] = 100.0
+    write_json(results.image("0001", 0).with_suffix(".json"), record)
+    told = latency(results)
+    assert told["A100, bfloat16, torch 2.13"]["p95_s"]["value"] > 50
+    assert told["H100, bfloat16, torch 2.13"]["p95_s"]["value"] < 50, "another machine's slow image is none of its own"
+    assert told["H100, bfloat16, torch 2.13"]["median_s"]["n"] == 3
 
 
 def test_sizes_follow_the_policy(tmp_path: Path) -> None:

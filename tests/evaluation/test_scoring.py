@@ -1,24 +1,35 @@
 """Nothing drops out of a mean unseen, and intervals are as wide as they say."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from kontext_train.distributed.setup import World
+from kontext_train.distributed.config import ParallelConfig
+from kontext_train.distributed.setup import World, process_group
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
+from kontext_train.evaluation.benchmark import read_benchmark
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.in_training import BenchmarkSlice
-from kontext_train.evaluation.metrics.base import Better, Shown, Unmeasured
+from kontext_train.evaluation.metrics.base import Better, LeftOut, Shown, Unmeasured
 from kontext_train.evaluation.metrics.distribution import kernel_distance
 from kontext_train.evaluation.results import Results, image_id, open_results
-from kontext_train.evaluation.scoring import score, scores_file, table
+from kontext_train.evaluation.scoring import complete, read_scores, score, scores_file, table
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
+from tests import runs
 from tests.evaluation.cases import Inverter, benchmark, line, make
 
 
@@ -101,15 +112,72 @@ def test_only_what_is_new_is_measured_unless_the_metric_is_another(results: Resu
     assert len(other.asked) == 10
 
 
-def test_a_stop_keeps_what_was_measured(results: Results) -> None:
+def test_an_error_keeps_what_was_measured(results: Results) -> None:
     def value(shown: Shown) -> float:
         if shown.case.key == "0003":
             raise KeyboardInterrupt
         return number(shown)
 
+    first = Told(value)
+    first.workers = 1
     with pytest.raises(KeyboardInterrupt):
-        score(results, [Told(value)])
-    assert set(json.loads(scores_file(results, "told").read_text())["values"]) == {"0000@0", "0001@0", "0002@0"}
+        score(results, [first])
+    again = Told(number)
+    score(results, [again])
+    assert {"0000@0", "0001@0", "0002@0"}.isdisjoint(again.asked)
+    assert "0003@0" in again.asked
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_kill_keeps_what_was_measured(results: Results, by: signal.Signals) -> None:
+    """Of single images and of sets: what took long is kept as it is found."""
+    slow = Told(lambda shown: time.sleep(60) or 0.0 if shown.case.key == "0004" else number(shown))
+    slow.workers = 1
+    process = runs.fork(score, results, [slow])
+    wait_for(lambda: "0003@0" in read(results, "told").get("values", {}))
+    assert process.pid is not None
+    os.kill(process.pid, by)
+    process.join()
+    assert process.exitcode == -by
+    again = Told(number)
+    assert score(results, [again])["numbers"]["told"]["categories"]["all"]["n"] == 8
+    assert sorted(again.asked) == ["0004@0", "0005@0", "0006@0", "0007@0", "c.turn_1@0", "c.turn_2@0"]
+
+
+def test_a_kill_keeps_the_features_of_sets(results: Results) -> None:
+    references, stopped = str(results.benchmark.folder / "images"), Mean(stop_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        score(results, [], [stopped], references)
+    again = Mean()
+    value = score(results, [], [again], references)["numbers"]["apart_edits"]["categories"]["all"]["value"]
+    assert again.asked == 8 + 9 - 4, "four were kept"
+    other = Mean(about="2")
+    assert score(results, [], [other], references)["numbers"]["apart_edits"]["categories"]["all"]["value"] == value
+    assert other.asked == 8 + 9, "another model measures all again"
+
+
+def test_a_line_that_a_kill_has_torn_is_measured_again(results: Results) -> None:
+    score(results, [Told(number)])
+    file = scores_file(results, "told")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    again = Told(number)
+    assert score(results, [again])["numbers"]["told"]["categories"]["all"]["n"] == 8
+    assert len(again.asked) == 1
+    file.write_bytes(whole[:20])
+    assert read_scores(results) == {}, "not even the metric's name is whole"
+
+
+def wait_for(there: Callable[[], bool], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def read(results: Results, name: str) -> dict[str, Any]:
+    found = read_scores(results).get(name)
+    return {} if found is None else asdict(found)
 
 
 class Other(Told):
@@ -142,10 +210,15 @@ class Mean:
     """A distance between sets: of their mean brightness."""
 
     name = "mean"
-    about = "1"
     numbers: ClassVar[Mapping[str, Better]] = {"apart": Better.lower}
 
+    def __init__(self, about: str = "1", stop_at: int = 0) -> None:
+        self.about, self.stop_at, self.asked = about, stop_at, 0
+
     def feature(self, image: object) -> np.ndarray:
+        self.asked += 1
+        if self.asked == self.stop_at:
+            raise KeyboardInterrupt
         return np.array([np.asarray(image).mean()])
 
     def compare(self, made_ND: np.ndarray, real_MD: np.ndarray) -> dict[str, float]:
@@ -156,15 +229,65 @@ def test_sets_are_compared_with_references_or_refused(results: Results) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.references=None: needs two real images .* there are 0 and 8"):
         score(results, [], [Mean()])
     references = results.benchmark.folder / "images"
-    found = score(results, [], [Mean()], str(references))["numbers"]["apart"]
-    assert found["categories"]["all"]["n"] == 8, "turns of chains are no sample of images"
-    assert "against 9 real images" in found["about"]
-    assert "apart" in score(results, [Told(number)])["numbers"], "a later score of something else keeps it"
+    found = score(results, [], [Mean()], str(references))["numbers"]["apart_edits"]["categories"]
+    assert {category: estimate["n"] for category, estimate in found.items()} == {"all": 8, "hats": 6, "coats": 2}
+    assert found["all"]["real"] == 9
+    assert "apart_edits" in score(results, [Told(number)])["numbers"], "a later score of something else keeps it"
     results.image("0000", 0).unlink()
-    assert "apart" not in score(results, [])["numbers"], "but not once it is of other images"
+    assert "apart_edits" not in score(results, [])["numbers"], "but not once it is of other images"
     (references / "z.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"z\.png cannot be decoded"):
         score(results, [], [Mean()], str(references))
+
+
+def test_edits_and_text_to_image_are_sets_of_their_own(tmp_path: Path) -> None:
+    """Each against its own targets, by category too; what has none is named."""
+    rows = [line(i, "hats" if i < 4 else "coats", target_file_name=f"images/t{i}.png") for i in range(5)]
+    rows += [line(i, "scenes", file_name=None, height=32, width=48) for i in range(5, 8)]
+    folder = benchmark(tmp_path / "b", rows)
+    for i in range(4):
+        Image.new("RGB", (48, 32), (200, 200, 200)).save(folder / "images" / f"t{i}.png")
+    make(Inverter(), folder, tmp_path / "out")
+    results = open_results(tmp_path / "out")
+    found = score(results, [], [Mean()])["numbers"]
+    edits, described = found["apart_edits"], found["apart_text_to_image"]
+    assert edits["categories"]["all"]["n"] == 5
+    made = np.mean([np.asarray(Image.open(results.image(f"{i:04d}", 0))).mean() for i in range(4)])
+    assert edits["categories"]["hats"]["value"] == pytest.approx(abs(made - 200), abs=1e-3), "of this category alone"
+    assert edits["left_out"] == {"category coats": "1 made and 1 real images; at least 2 of each are needed"}
+    assert described["categories"] == {}
+    assert described["failed"].keys() == {"0005@0", "0006@0", "0007@0"}
+    assert described["failed"]["0005@0"] == "3 made and 0 real images; at least 2 of each are needed"
+    found = score(results, [], [Mean()], str(folder / "images"))["numbers"]
+    assert found["apart_text_to_image"]["categories"]["all"]["n"] == 3
+    grey = np.mean([np.asarray(Image.open(file)).mean() for file in sorted((folder / "images").glob("*.png"))])
+    assert found["apart_text_to_image"]["categories"]["all"]["value"] == pytest.approx(abs(127 - grey), abs=1e-3)
+
+
+def test_what_a_metric_leaves_out_is_named_and_no_failure(results: Results) -> None:
+    def value(shown: Shown) -> float:
+        if shown.case.category == "coats":
+            raise LeftOut("no coat in sight")
+        return number(shown)
+
+    summary = score(results, [Told(value)])
+    told = summary["numbers"]["told"]
+    assert told["left_out"] == {"0006@0": "no coat in sight", "0007@0": "no coat in sight"}
+    assert told["failed"] == {}
+    assert told["categories"]["all"]["n"] == 6
+    assert "does not apply to 2: 0006@0, 0007@0" in table(summary)
+    assert complete(summary)
+    again = Told(value)
+    score(results, [again])
+    assert again.asked == [], "it is known"
+    results.image("0000", 0).unlink()
+    assert not complete(score(results, []))
+
+
+def test_images_of_two_folders_are_two_base_images(tmp_path: Path) -> None:
+    rows = [line(i, file_name=f"{place}/0.png") for i, place in enumerate(("a", "b", "a"))]
+    folder = benchmark(tmp_path / "b", [*rows, line(3, file_name=None)])
+    assert [case.base for case in read_benchmark(folder).pairs] == ["a/0.png", "b/0.png", "a/0.png", "@0003"]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -194,7 +317,7 @@ def test_the_mean_weighs_images_and_repeats() -> None:
     assert (median.value, median.low, median.high) == (2.0, 1.0, 9.0)
 
 
-def sliced(folder: Path, best_by: str) -> BenchmarkSlice:
+def sliced(folder: Path, best_by: str, world: World | None = None) -> BenchmarkSlice:
     nothing: Any = None
     return BenchmarkSlice(
         InTrainingConfig(benchmark=str(folder)),
@@ -204,7 +327,7 @@ def sliced(folder: Path, best_by: str) -> BenchmarkSlice:
         Inverter.transform,
         best_by=best_by,
         guidance_embed=False,
-        world=World(0, 1, torch.device("cpu"), nothing, None, 1),
+        world=world or World(0, 1, torch.device("cpu"), nothing, None, 1),
         run_dir=folder,
     )
 
@@ -239,3 +362,26 @@ def test_intervals_of_sets_hold_their_value() -> None:
     assert estimate.low < value < estimate.high
     draws = [kernel_distance(made_ND[rng.integers(0, 60, 60)], real_MD) for _ in range(50)]
     assert np.percentile(draws, 2.5) > value
+
+
+def test_ranks_wait_for_a_slow_judge_in_no_collective(tmp_path: Path) -> None:
+    """Rank 0 measures for longer than a collective may last; a broadcast in its place ends the run."""
+    folder = benchmark(tmp_path / "b", [line(0)])
+    runs.in_processes(2, slow_slice, folder)
+
+
+def slow_slice(folder: Path) -> None:
+    with process_group(ParallelConfig()) as world:
+        _set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        found = sliced(folder, "validation/loss", world)
+        nothing: Any = None
+        found._make = lambda model: {}  # type: ignore[method-assign, assignment]
+        found._score = lambda images, step: time.sleep(2.5) or {"benchmark/vlm_follows": float(step)}  # type: ignore[method-assign, assignment]
+        for step in (7, 7, 9):  # a run may go back to a step
+            assert found.measure(torch.nn.Linear(1, 1), step) == {"benchmark/vlm_follows": float(step)}
+            found._score = lambda images, step: {"benchmark/vlm_follows": float(step)}  # type: ignore[method-assign]
+        if world.is_main:
+            time.sleep(2.5)
+            return
+        with pytest.raises(RuntimeError, match=r"(?i)timed? ?out|closed"):
+            dist.broadcast_object_list([nothing], src=0)
