@@ -24,16 +24,17 @@ from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Case
 from kontext_train.evaluation.config import MetricsConfig, VlmConfig
 from kontext_train.evaluation.metrics import distribution
-from kontext_train.evaluation.metrics.base import Shown, Unmeasured
+from kontext_train.evaluation.metrics.base import LeftOut, Shown, Unmeasured
 from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.metrics.clip import Aesthetic, Clip, ClipEmbedder
 from kontext_train.evaluation.metrics.dino import Dino
 from kontext_train.evaluation.metrics.face import TEMPLATE, Face, aligned
 from kontext_train.evaluation.metrics.lpips import Lpips
-from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_text
+from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_texts
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.metrics.vlm import Vlm
 from tests.evaluation import small_models
+from tests.evaluation.cases import Inverter, benchmark, line, make
 from tests.evaluation.judge import Judge, judging
 from tests.evaluation.small_models import FACE_AT, LANDMARKS, noise, portrait
 
@@ -207,6 +208,8 @@ def test_clip_numbers_are_cosines_of_what_they_say(clip: str, tmp_path: Path) ->
     alone = metric.measure(shown(tmp_path, image, instruction="red circle"))
     assert alone == {"clip_text": pytest.approx(float(a @ embed.text("red circle")), abs=1e-5)}
     assert metric.measure(shown(tmp_path, context, context=context))["clip_image"] == pytest.approx(1)
+    same = {"source_caption": "red circle", "target_caption": "red circle"}
+    assert "clip_direction" not in metric.measure(shown(tmp_path, image, context=context, **same)), "no direction"
 
 
 def test_the_aesthetic_head_is_its_linear_layers(clip: str, tmp_path: Path) -> None:
@@ -333,7 +336,8 @@ def test_similarity_is_of_the_face_and_a_lost_face_counts(faces: str, tmp_path: 
     a, b = np.array([1, 60 / 127.5 - 1, -1]), np.array([1, -1, -1])
     assert other["face_similarity"] == pytest.approx(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), abs=2e-2)
     assert metric.measure(shown(tmp_path, blue, context=red)) == {"face_similarity": 0.0, "face_found": 0.0}
-    assert metric.measure(shown(tmp_path, red, context=blue)) == {}, "no face to keep"
+    with pytest.raises(LeftOut, match="its context shows no face"):
+        metric.measure(shown(tmp_path, red, context=blue))
 
 
 def test_alignment_undoes_a_turn(tmp_path: Path) -> None:
@@ -381,26 +385,56 @@ def test_text_is_read(tmp_path: Path) -> None:
 
 
 def test_text_may_stand_among_other_text_and_over_lines() -> None:
-    assert compared("open late", ["CAFE", "Open", "LATE", "since 1999"]) == {"text_found": 1.0, "text_similarity": 1.0}
-    assert compared("open late", []) == {"text_found": 0.0, "text_similarity": 0.0}
-    near = compared("open late", ["0pen late"])
+    assert compared(["open late"], ["CAFE", "Open", "LATE", "since 1999"]) == {
+        "text_found": 1.0,
+        "text_similarity": 1.0,
+    }
+    assert compared(["open late"], []) == {"text_found": 0.0, "text_similarity": 0.0}
+    both = compared(["open late", "closed"], ["open late"])
+    assert both == {"text_found": 0.0, "text_similarity": pytest.approx(0.5, abs=0.3)}
+    near = compared(["open late"], ["0pen late"])
     assert near == {"text_found": 0.0, "text_similarity": pytest.approx(8 / 9)}
 
 
 @pytest.mark.parametrize(
-    ("instruction", "text"),
+    ("instruction", "texts"),
     [
-        ('Replace "joy" with "BFL"', "BFL"),
-        ("change the sign to 'It's open'.", "It's open"),
-        ("make the shirt say “hello world”!", "hello world"),
+        ('Replace "joy" with "BFL"', ("BFL",)),
+        ("change the sign to 'It's open'.", ("It's open",)),
+        ("make the shirt say “hello world”!", ("hello world",)),
+        ("Change “A” to “B” and make it red", ("B",)),
+        ("Make it say ‘Late’ instead of ‘Early’", ("Late",)),
+        ('replace «un» with «deux» and "x" with "y"', ("deux", "y")),
+        ("Write „Guten Tag“ above the door", ("Guten Tag",)),
+        ('Add "Z" next to "Y"', ("Z",)),
+        ("Delete 'X' and write 'W' in its place", ("W",)),
+        ("make the word 'HELLO' bold", ("HELLO",)),
+        ('change the text: "sale" -> "sold"', ("sold",)),
         ('remove the text "joy"', None),
+        ('change "A" into a heart', None),
         ("make the letters gold", None),
+        ("don't touch the dog's sign", None),
     ],
 )
-def test_the_text_asked_for_is_what_stands_in_quotes_at_the_end(instruction: str, text: str | None) -> None:
-    case = Case("k", "Text Editing", instruction, ())
-    assert expected_text(case) == text
-    assert expected_text(Case("k", "Style Reference", instruction, ())) is None
+def test_the_text_asked_for_is_what_the_instruction_quotes_as_new(
+    instruction: str, texts: tuple[str, ...] | None
+) -> None:
+    assert expected_texts(Case("k", "Text Editing", instruction, ())) == texts
+    assert expected_texts(Case("k", "Style Reference", instruction, ())) == (), "elsewhere a quote is no order"
+    assert expected_texts(Case("k", "Style Reference", instruction, (), text="told")) == ("told",)
+    assert expected_texts(Case("k", "Text Editing", instruction, (), text="")) == (), "metadata says that there is none"
+
+
+def test_an_instruction_without_its_text_is_named_and_counted(tmp_path: Path) -> None:
+    rows = [line(0, "Text Editing", instruction="remove the text"), line(1, "Text Editing", instruction="say 'no'")]
+    make(Inverter(), benchmark(tmp_path / "b", [*rows, line(2)]), tmp_path / "out")
+    engine = Ocr.__new__(Ocr)  # without its models
+    engine.read = lambda image: ["NO"]  # type: ignore[method-assign]
+    found = score(open_results(tmp_path / "out"), [engine])["numbers"]["text_found"]
+    assert list(found["left_out"]) == ["0000@0"]
+    assert "puts no new text in quotes; `text` in metadata.jsonl can say what it is" in found["left_out"]["0000@0"]
+    assert found["categories"]["all"]["n"] == 1
+    assert found["failed"] == {}
 
 
 # A judge --------------------------------------------------------------------------------------------------------------
@@ -491,8 +525,44 @@ def test_what_needs_another_option_is_refused(tmp_path: Path) -> None:
         MetricsConfig(references=str(tmp_path))
     with pytest.raises(ConfigError, match=r"metrics\.vlm\.model='': must be given with metrics\.vlm\.url"):
         VlmConfig(url="http://localhost/v1")
+    with pytest.raises(ConfigError, match=r"metrics\.vlm\.model='m': has no effect without metrics\.vlm\.url"):
+        VlmConfig(model="m")
     with pytest.raises(ConfigError, match=r"measures nothing"):
         build_metrics(MetricsConfig(pixels=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000/v1"}, r"metrics\.vlm\.url='localhost:8000/v1': must be an HTTP address"),
+        ({"url": "http://"}, r"metrics\.vlm\.url='http://': must be an HTTP address"),
+        ({"url": "http://host:port/v1"}, r"metrics\.vlm\.url=.*must be an HTTP address"),
+        ({"url": "https://host/v1?key=1"}, r"metrics\.vlm\.url=.*without a query"),
+        ({"timeout_s": 0.0}, r"metrics\.vlm\.timeout_s=0\.0: must be a number of at least"),
+        ({"timeout_s": float("nan")}, r"metrics\.vlm\.timeout_s=nan"),
+        ({"retries": -1}, r"metrics\.vlm\.retries=-1: must be a number of at least 0"),
+        ({"concurrency": 0}, r"metrics\.vlm\.concurrency=0: must be a number of at least 1"),
+        ({"key_variable": "NO_SUCH_KEY"}, r"metrics\.vlm\.key_variable='NO_SUCH_KEY': is not set.*export NO_SUCH_KEY"),
+    ],
+)
+def test_a_judge_is_checked_before_it_is_asked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VlmConfig(**{"url": "https://host:8000/v1", "model": "m", **options})
+
+
+def test_a_judges_key_is_the_environments(
+    ask: Callable[..., dict[str, float]], judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "mine")
+    url = f"http://127.0.0.1:{judge.server_port}/v1"
+    judge.answers = ['{"follows": 3}']
+    metric = Vlm(VlmConfig(url=url, model="m", key_variable="MY_KEY"))
+    metric.measure(shown(tmp_path, noise(0)))
+    assert judge.requests[-1][1] == "Bearer mine"
+    assert "mine" not in metric.about
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    ask('{"follows": 3}')
+    assert judge.requests[-1][1] is None
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

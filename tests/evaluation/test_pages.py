@@ -15,10 +15,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.arena import Arena, arena_server
 from kontext_train.evaluation.config import ArenaConfig, MakingConfig
+from kontext_train.evaluation.metrics.base import LeftOut, Shown
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.report import gathered, write_report
 from kontext_train.evaluation.results import Results, open_results
-from kontext_train.evaluation.scoring import score
+from kontext_train.evaluation.scoring import read_scores, score
 from quickstart.benchmark import Exact, StandIn, make_stand_in, write_benchmark
 from tests.evaluation.cases import Inverter, benchmark, line, make
 
@@ -109,7 +110,11 @@ def test_the_table_has_every_number_with_its_interval(report: Page, models: list
     assert row.locator("td").nth(0).locator("small.worse").count() == 0
     home = report.locator("#numbers tr", has_text="cycle_mae, turn 6").locator("td")
     assert home.first.inner_text().startswith("0 "), "the truth comes home"
-    assert report.locator("#numbers tr", has_text="median").locator("td").count() == 3
+    latency = report.locator("#latency tr")
+    assert latency.nth(1).inner_text() == "no machine", "what it ran on"
+    assert latency.filter(has_text="median").locator("td").count() == 3
+    timed = summary["latency"]["no machine"]["median_s"]
+    assert f"n={timed['n']}" in latency.filter(has_text="median").locator("td").nth(2).inner_text()
     assert "untouched_ssim: torchmetrics" in (report.locator("#origin").text_content() or "")
     assert models[0].benchmark.digest in (report.locator("#origin pre").first.text_content() or "")
     report.select_option("#category", "recolour")
@@ -126,7 +131,7 @@ def test_rows_follow_category_and_order(report: Page, models: list[Results]) -> 
     report.select_option("#category", "all")
     report.select_option("#order", label="target_mae of noise, worst first")
     captions = report.locator("#rows .row p").all_text_contents()
-    found = json.loads((models[2].folder / "scores" / "pixels.json").read_text())["values"]
+    found = read_scores(models[2])["pixels"].values
     worst = max((name for name in found if "target_mae" in found[name]), key=lambda name: found[name]["target_mae"])
     assert worst.split(".")[0].split("@")[0] in captions[0]
     assert "describe" in captions[-1], "what has no such number comes last"
@@ -154,6 +159,15 @@ def test_keys_enlarge_flicker_and_step(report: Page, models: list[Results]) -> N
     report.wait_for_function("document.getElementById('big').src.includes('benchmark')")
     report.wait_for_function("document.getElementById('big').src.includes('model_1')")
     report.keyboard.press("f")
+    report.keyboard.press("1")
+    report.keyboard.press("3")
+    for expected in ("images/model_0/", "images/model_2/", "images/model_0/"):
+        report.keyboard.press("x")
+        assert shown_image(report).startswith(expected), "x goes back and forth between the two chosen last"
+    report.keyboard.press("g")
+    for expected in ("model_2", "model_0"):
+        report.wait_for_function(f"document.getElementById('big').src.includes('{expected}')")
+    report.keyboard.press("g")
     report.keyboard.press("1")
     report.keyboard.press("ArrowLeft")
     assert shown_image(report) == f"images/model_0/seed_0/{models[0].benchmark.pairs[0].key}.png"
@@ -253,8 +267,8 @@ def press(page: Page, key: str, count: int) -> None:
 
 def better(arena: Arena) -> str:
     """The key of the model that comes first in the list: truth, copy, noise."""
-    asked: dict[str, Any] = arena.next()
-    comparison = arena.comparisons[asked["number"]]
+    (number,) = arena.shown.values()
+    comparison = arena.comparisons[number]
     return "ArrowLeft" if comparison.left < comparison.right else "ArrowRight"
 
 
@@ -290,7 +304,8 @@ def test_a_session_goes_on_where_it_was(served: tuple[Arena, str], models: list[
     for count in range(1, 4):
         press(page, better(arena), count)
     again = Arena(models, arena.file, seed=0)
-    assert again.next() == arena.next()
+    (voter,) = arena.shown
+    assert again.next(voter) == arena.next(voter)
     assert again.export() == arena.export()
     page.reload()
     expect(page.locator("#count")).to_have_text(f"3 of {len(arena.comparisons)}")
@@ -323,7 +338,7 @@ def test_a_damaged_vote_is_named_by_its_line(
     file = tmp_path / "votes.jsonl"
     arena = Arena(models, file, seed=0)
     for number in (0, 1):
-        arena.vote(number, "left")
+        arena.vote(number, "left", "me")
     first, second = file.read_text().splitlines()
     file.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
     with pytest.raises(ConfigError, match=rf"line 2 is no vote \(ValueError\(.*{message}"):
@@ -331,6 +346,60 @@ def test_a_damaged_vote_is_named_by_its_line(
     file.write_bytes(first.encode() + b"\n\xff\n")
     with pytest.raises(ConfigError, match=r"line 2 is no vote"):
         Arena(models, file, seed=0)
+
+
+def test_two_people_vote_at_once(served: tuple[Arena, str], browser: Browser) -> None:
+    """No vote is given twice or lost, and each takes back its own."""
+    arena, address = served
+    pages = [browser.new_context().new_page() for _ in range(2)]
+    for one in pages:
+        one.goto(address)
+        expect(one.locator("figure.made img")).to_have_count(2)
+    assert len(set(arena.shown.values())) == 2, "they look at two comparisons"
+    for count in range(1, 4):
+        for i, one in enumerate(pages):
+            press(one, "ArrowLeft", 2 * count - 1 + i)
+    first, second = arena.shown
+    assert [vote["voter"] for vote in arena.votes.values()] == [first, second] * 3
+    last = [name for name, vote in arena.votes.items() if vote["voter"] == first][-1]
+    press(pages[0], "u", 5)
+    assert last not in arena.votes, "not the other's, which came later"
+    assert arena.comparisons[arena.shown[first]].name == last, "it is asked again"
+    for one in pages:
+        one.context.close()
+
+
+def test_the_last_comparison_is_anyones(models: list[Results], tmp_path: Path) -> None:
+    """Who closed the page may hold one for ever."""
+    arena = Arena(models, tmp_path / "votes.jsonl", seed=0)
+    gone = arena.next("gone")["number"]
+    for _ in range(len(arena.comparisons) - 1):
+        number = arena.next("here")["number"]
+        assert number != gone
+        arena.vote(number, "left", "here")
+    assert arena.next("here")["number"] == gone
+    arena.vote(gone, "right", "here")
+    assert arena.next("here")["finished"]
+    arena.vote(gone, "left", "gone")
+    assert arena.votes[arena.comparisons[gone].name]["winner"] == "right", "the first vote counts"
+    assert len(arena.file.read_text().splitlines()) == len(arena.comparisons)
+
+
+def test_what_a_metric_leaves_out_is_listed(tmp_path: Path, page: Page) -> None:
+    make(Inverter(), benchmark(tmp_path / "b", [line(0), line(1)]), tmp_path / "out")
+    results = open_results(tmp_path / "out")
+
+    class Picky(Pixels):
+        def measure(self, shown: Shown) -> dict[str, float]:
+            if shown.case.key == "0001":
+                raise LeftOut("no hat in sight")
+            return super().measure(shown)
+
+    score(results, [Picky()])
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    expect(page.locator("#left_out summary").first).to_contain_text("does not apply to 1")
+    assert "0001@0: no hat in sight" in page.locator("#left_out li").all_text_contents()
+    expect(page.locator("#failures")).to_contain_text("Every image was made")
 
 
 def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_path: Path) -> None:
@@ -361,12 +430,12 @@ def test_only_images_that_both_were_asked_for_are_compared(tmp_path: Path) -> No
 def test_every_comparison_ends_with_ratings(served: tuple[Arena, str], page: Page) -> None:
     arena, address = served
     for number in range(len(arena.comparisons)):
-        arena.vote(number, "tie")
+        arena.vote(number, "tie", "me")
     page.goto(address)
     expect(page.locator("#ratings")).to_be_visible()
     assert {e["value"] for e in arena.export()["ratings"].values()} == {1000.0}
     first = arena.votes[arena.comparisons[0].name]
-    arena.vote(0, "left")
+    arena.vote(0, "left", "me")
     assert arena.votes[arena.comparisons[0].name] == first, "the first vote counts"
 
 
@@ -376,7 +445,10 @@ def test_the_server_gives_nothing_else(served: tuple[Arena, str], page: Page) ->
     last = len(arena.comparisons)
     for path in ("etc/passwd", f"image/{last}/left", "image/0/7", "image/-1/left", "image/0/../../settings.json"):
         assert request.get(address + path).status == 404, path
-    for data in ({"number": 0, "winner": "truth"}, {"number": last, "winner": "left"}, {"winner": "left"}, [1]):
+    wrong = [{"number": 0, "winner": "truth"}, {"number": last, "winner": "left"}, {"winner": "left"}]
+    wrong = [data | {"voter": "me"} for data in wrong]
+    wrong += [{"number": 0, "winner": "left"}, {"number": 0, "winner": "left", "voter": "../me"}]
+    for data in (*wrong, [1]):
         assert request.post(f"{address}vote", data=data).status == 400, data
     form = request.post(f"{address}vote", form={"number": "0", "winner": "left"})
     assert form.status == 400, "another site's form is no vote"
