@@ -33,6 +33,8 @@ from kontext_train.evaluation.metrics.lpips import Lpips
 from kontext_train.evaluation.metrics.ocr import Ocr, compared, expected_texts
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.metrics.vlm import Vlm
+from kontext_train.evaluation.results import open_results
+from kontext_train.evaluation.scoring import score
 from tests.evaluation import small_models
 from tests.evaluation.cases import Inverter, benchmark, line, make
 from tests.evaluation.judge import Judge, judging
@@ -371,12 +373,12 @@ def test_a_face_folder_must_have_both_models(tmp_path: Path, faces: str) -> None
 @pytest.mark.slow
 def test_text_is_read(tmp_path: Path) -> None:
     def sign(text: str) -> Image.Image:
-        image = Image.new("RGB", (360, 120), "white")
-        ImageDraw.Draw(image).text((20, 30), text, fill="black", font=ImageFont.load_default(40))
+        image = Image.new("RGB", (160, 160), "white")  # the engine enlarges the shorter side to 736
+        ImageDraw.Draw(image).text((10, 20), text, fill="black", font=ImageFont.load_default(36))
         return image
 
     engine = Ocr()
-    right = engine.measure(shown(tmp_path, sign("OPEN LATE"), text="Open late"))
+    right = engine.measure(shown(tmp_path, sign("OPEN\nLATE"), text="Open late"))
     assert right == {"text_found": 1.0, "text_similarity": pytest.approx(1.0)}
     wrong = engine.measure(shown(tmp_path, sign("CLOSED"), text="Open late"))
     assert wrong["text_found"] == 0

@@ -166,7 +166,7 @@ def test_the_exit_status_tells_what_failed(
     assert not run(parse(RunConfig, options))
     assert not score(parse(ScoreConfig, [f"results={tmp_path / 'out'}"]))
     monkeypatch.setattr(sys, "argv", ["kontext-evaluate", "score", f"results={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         main()
     assert "not made: 1: recolour_0000@0" in capsys.readouterr().out
     broken.write_bytes(whole)
