@@ -163,7 +163,10 @@ class BenchmarkSlice:
             Image.fromarray(np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())).save(file)
             record = {"key": case.key, "category": case.category, "instruction": case.instruction, "seed": 0}
             record |= {"request_seed": request_seed(case.key, 0), "sampler": asdict(self.making.sampler)}
-            write_json(file.with_suffix(".json"), record | {"made_on": self.made_on, "latency_s": None, "error": None})
+            write_json(
+                file.with_suffix(".json"),
+                record | {"model": model, "made_on": self.made_on, "latency_s": None, "error": None},
+            )
             truth = [] if case.target is None else [case.target]
             contexts, truths = ([_pixels(f, self.transform) for f in files] for files in (case.contexts, truth))
             rows.append((f"{case.key}: {case.instruction}", [*contexts, images[case.key], *truths]))

@@ -112,7 +112,7 @@ def make_images(
         if todo and maker is None:
             model = load()
             _check_sizes(benchmark, making, model.pixels_per_token)
-            maker = _Maker(model, out, making, made, shown.update)
+            maker = _Maker(model, out, settings["model"], making, made, shown.update)
         if todo and maker is not None:
             maker.make(todo)
     shown.close()
@@ -136,8 +136,17 @@ def _check_sizes(benchmark: Benchmark, making: MakingConfig, side: int) -> None:
 
 
 class _Maker:
-    def __init__(self, model: Model, out: Path, making: MakingConfig, made: Made, count: Callable[[], object]) -> None:
-        """count: called for every image that is made or failed."""
+    def __init__(
+        self,
+        model: Model,
+        out: Path,
+        described: dict[str, Any],
+        making: MakingConfig,
+        made: Made,
+        count: Callable[[], object],
+    ) -> None:
+        """described: the model, for records. count: called for every image that is made or failed."""
+        self.described = described
         self.model, self.out, self.making, self.made, self.count = model, out, making, made, count
         self.transform = replace(model.transform, crop=Crop.center)
         if making.resolution is Resolution.kontext:  # released inference enlarges too
@@ -201,6 +210,7 @@ class _Maker:
             "contexts": [str(file) for file in (case.contexts if job.before is None else (job.before,))],
             "resolution": self.making.resolution.value,
             "sampler": asdict(self.making.sampler),
+            "model": self.described,
             "made_on": self.model.made_on,
             "latency_s": latency_s,
             "error": error,

@@ -6,6 +6,7 @@ together (`sets.py`). summary.json holds every number by category with its inter
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -175,6 +176,10 @@ def summarise(results: Results) -> dict[str, Any]:
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
     numbers |= read_sets(results)
+    asked = Counter(case.category for case in cases.values()) | {ALL: sum(not case.turn for case in cases.values())}
+    for found in numbers.values():
+        for category, estimate in found["categories"].items():
+            estimate["of"] = asked[category]  # images, whether the number applies to them or not
     told = ("categories", "failed", "left_out")
     return {
         "name": results.name,
@@ -209,10 +214,10 @@ def table(summary: dict[str, Any]) -> str:
     for number, found in summary["numbers"].items():
         if ALL in found["categories"]:
             estimate = found["categories"][ALL]
-            lines.append(f"  {number:24} {shown(estimate)}  n={estimate['n']}")
+            lines.append(f"  {number:24} {shown(estimate)}  n={estimate['n']} of {estimate['of']}")
         turns = [e for category, e in found["categories"].items() if category.startswith("turn ")]
         if turns:
-            lines.append(f"  {number:24} by turn: {' '.join(format(e['value'], '.4g') for e in turns)}")
+            lines.append(f"  {number:24} by turn: {', '.join(map(shown, turns))}")
         for told, what in (("failed", "failed on"), ("left_out", "does not apply to")):
             if found[told]:
                 lines.append(f"  {number:24} {what} {len(found[told])}: {some(list(found[told]))}")

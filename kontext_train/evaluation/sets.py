@@ -100,6 +100,7 @@ def _compared(
             side.failed[image_id(case.key, seed)] = str(error)
     by_category: dict[str, dict[str, dict[str, Any]]] = {number: {} for number in metric.numbers}
     left_out: dict[str, str] = {}
+    about = metric.about
     categories = sorted({case.category for case, _ in pairs})
     for category in (ALL, *(categories if len(categories) > 1 else ())):
         inside = np.array([category in (ALL, case.category) for case in side.cases], bool)
@@ -113,12 +114,16 @@ def _compared(
             left_out[f"category {category}"] = reason
             continue
         made_ND = np.stack([x for x, is_in in zip(side.features, inside, strict=True) if is_in])
-        for number, estimate in _estimates(metric, made_ND, cases, features.real(real)).items():
+        real_MD = features.real(real)
+        if category == ALL:  # what was measured against other images is not comparable
+            own = hashlib.blake2b(real_MD.tobytes(), digest_size=4).hexdigest()
+            about = f"{metric.about}; against {len(real)} real images {own}"
+        for number, estimate in _estimates(metric, made_ND, cases, real_MD).items():
             by_category[number][category] = estimate.as_json() | {"real": len(real)}
     return {
         number: {
             "metric": metric.name,
-            "about": metric.about,
+            "about": about,
             "better": metric.numbers[number].value,
             "failed": side.failed,
             "left_out": left_out,

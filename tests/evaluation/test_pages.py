@@ -314,6 +314,11 @@ def test_a_session_goes_on_where_it_was(served: tuple[Arena, str], models: list[
     page.keyboard.press("ArrowLeft")
     page.reload()
     expect(page.locator("#count")).to_have_text(f"3 of {len(arena.comparisons)}")
+    page.click("#reveal")
+    expect(page.locator("#reveal")).to_have_text("go on voting")
+    page.click("#reveal")
+    expect(page.locator("figure.made img")).to_have_count(2)
+    expect(page.locator("#ratings")).to_be_hidden()
     with arena.file.open("a") as file:
         file.write('{"comp')
     with pytest.raises(ConfigError, match=r"line 4 is no vote"):

@@ -30,7 +30,7 @@ from kontext_train.evaluation.results import Results, image_id, open_results
 from kontext_train.evaluation.scoring import complete, read_scores, score, scores_file, table
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from tests import runs
-from tests.evaluation.cases import Inverter, benchmark, line, make
+from tests.evaluation.cases import Inverter, benchmark, line, make, save_image
 
 
 class Told:
@@ -98,7 +98,7 @@ def test_what_does_not_apply_is_no_failure(results: Results) -> None:
     ]
     assert told["failed"] == {}
     assert "coats" not in told["categories"]
-    assert told["categories"]["all"]["n"] == 6
+    assert (told["categories"]["all"]["n"], told["categories"]["all"]["of"]) == (6, 8), "and it shows"
 
 
 def test_only_what_is_new_is_measured_unless_the_metric_is_another(results: Results) -> None:
@@ -225,13 +225,20 @@ class Mean:
         return {"apart": float(abs(made_ND.mean() - real_MD.mean()))}
 
 
-def test_sets_are_compared_with_references_or_refused(results: Results) -> None:
+def test_sets_are_compared_with_references_or_refused(results: Results, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics\.references=None: needs two real images .* there are 0 and 8"):
         score(results, [], [Mean()])
     references = results.benchmark.folder / "images"
     found = score(results, [], [Mean()], str(references))["numbers"]["apart_edits"]["categories"]
     assert {category: estimate["n"] for category, estimate in found.items()} == {"all": 8, "hats": 6, "coats": 2}
     assert found["all"]["real"] == 9
+    about = score(results, [], [Mean()], str(references))["numbers"]["apart_edits"]["about"]
+    (tmp_path / "others").mkdir()
+    for i in range(9):
+        save_image(tmp_path / "others" / f"{i}.png", 100 + i)
+    other = score(results, [], [Mean()], str(tmp_path / "others"))["numbers"]["apart_edits"]["about"]
+    assert about.startswith("1; against 9 real images ")
+    assert about != other, "a report does not hold numbers against other real images for comparable"
     assert "apart_edits" in score(results, [Told(number)])["numbers"], "a later score of something else keeps it"
     results.image("0000", 0).unlink()
     assert "apart_edits" not in score(results, [])["numbers"], "but not once it is of other images"

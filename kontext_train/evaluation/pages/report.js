@@ -1,7 +1,9 @@
 // Draws what report.py gathered into DATA. No library, nothing fetched: it has to open from disk.
 "use strict";
 
-const COLOURS = ["#2457c5", "#d1580b", "#0a7a3d", "#8e44ad", "#b3261e", "#00838f", "#6d4c41", "#546e7a", "#c2185b"];
+const COLOURS = matchMedia("(prefers-color-scheme: dark)").matches
+  ? ["#8ab4ff", "#ff9e57", "#4cc38a", "#d7a6f0", "#ff8a80", "#4dd0e1", "#c9a592", "#a9bcc6", "#f48fb1"]
+  : ["#2457c5", "#d1580b", "#0a7a3d", "#8e44ad", "#b3261e", "#00838f", "#6d4c41", "#546e7a", "#c2185b"];
 const $ = (id) => document.getElementById(id);
 const names = DATA.models.map((model) => model.name);
 const numbers = [...new Set(DATA.models.flatMap((model) => Object.keys(model.numbers)))];
@@ -99,7 +101,8 @@ const aboutOf = (number) => aboutsOf(number).join(" | ");
 function numberCell(model, index, number, category) {
   const estimate = model.numbers[number]?.categories[(category === "all" && onlyTurn(number)) || category];
   if (!estimate) return null;
-  const cell = element("td", {}, interval(estimate), element("small", {}, `  n=${estimate.n}`));
+  const of = estimate.of > estimate.n ? ` of ${estimate.of}` : "";
+  const cell = element("td", {}, interval(estimate), element("small", {}, `  n=${estimate.n}${of}`));
   const difference = DATA.differences[index][number];
   if (index > 0 && category === "all" && difference) {
     const apart = difference.low !== null && (difference.low > 0 || difference.high < 0);
@@ -130,7 +133,7 @@ function drawDrift() {
   });
   $("drift").append(
     element("h2", {}, "Drift over turns"),
-    element("p", { class: "note" }, "Each turn edits the result of the one before and is held against the chain's first image. Bands are 95 % intervals."),
+    element("p", { class: "note" }, "Each turn edits the result of the one before and is held against the chain's first image (target_mae: against that turn's right image). Bands are 95 % intervals; n: chains that have the number at that turn."),
     element("div", { class: "legend" }, ...legend),
     element("div", { class: "charts" }, ...charts));
 }
@@ -160,6 +163,7 @@ function chart(number, turns) {
     picture.append(svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), stroke: "#8884" }));
     picture.append(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, Number(value.toPrecision(2))));
   }
+  picture.append(svg("text", { x: left - 12, y: height - 20, "text-anchor": "end" }, "turn"));
   for (const turn of turns) {
     const counts = [...new Set(curves.flat().filter(([t]) => t === turn).map(([, e]) => e.n))];
     picture.append(svg("text", { x: x(turn), y: height - 20, "text-anchor": "middle" }, turn));
