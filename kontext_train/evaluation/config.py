@@ -70,7 +70,7 @@ class VlmConfig:
     def __post_init__(self) -> None:
         if self.url is not None and not _is_http(self.url):
             hint = "For example http://localhost:8000/v1"
-            raise ConfigError("metrics.vlm.url", self.url, "must be an HTTP address without a query", hint)
+            raise ConfigError("metrics.vlm.url", self.url, "must be an HTTP address without a user or a query", hint)
         if self.url is not None and not self.model:
             raise ConfigError("metrics.vlm.model", "", "must be given with metrics.vlm.url", "The server's model name")
         if self.url is None and self.model:
@@ -88,7 +88,9 @@ class VlmConfig:
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+        if parts.username or parts.query or parts.fragment:  # keys are the environment's: an address is written down
+            return False
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         return False
 

@@ -26,7 +26,7 @@ from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import ALL, Benchmark, Case, files_of, read_benchmark
 from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
 from kontext_train.evaluation.make_images import request_seed, settings_of
-from kontext_train.evaluation.metrics.base import Metric, Shown, Unmeasured
+from kontext_train.evaluation.metrics.base import LeftOut, Metric, Shown, Unmeasured
 from kontext_train.evaluation.metrics.build import build_metrics
 from kontext_train.evaluation.results import claim, image_file, open_results, write_json
 from kontext_train.evaluation.scoring import score
@@ -82,9 +82,8 @@ class BenchmarkSlice:
         self.made_on = machine(self.world.device, next(model.parameters()).dtype)
         images = self._make(model)
         self.measured += 1
-        told = made_by_main(
-            f"benchmark/{self.measured}", lambda: json.dumps(self._score(images, step)), self.world
-        )  # a judge may be slow
+        name = f"benchmark/{self.measured}"  # not the step: a run may go back to one
+        told = made_by_main(name, lambda: json.dumps(self._score(images, step)), self.world)
         found: dict[str, float] = json.loads(told)
         return found
 
@@ -146,8 +145,9 @@ class BenchmarkSlice:
                     found[f"benchmark/{number}"] = estimate["value"]
                 elif category.startswith("turn "):
                     found[f"benchmark/{number}/{category.replace(' ', '_')}"] = estimate["value"]
-            if estimates["failed"]:
-                found[f"benchmark/{number}/failed"] = float(len(estimates["failed"]))
+            for what in ("failed", "left_out"):
+                if estimates[what]:
+                    found[f"benchmark/{number}/{what}"] = float(len(estimates[what]))
         return found
 
     def _write(self, images: dict[str, Tensor], out: Path, step: int) -> None:
@@ -163,10 +163,8 @@ class BenchmarkSlice:
             Image.fromarray(np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())).save(file)
             record = {"key": case.key, "category": case.category, "instruction": case.instruction, "seed": 0}
             record |= {"request_seed": request_seed(case.key, 0), "sampler": asdict(self.making.sampler)}
-            write_json(
-                file.with_suffix(".json"),
-                record | {"model": model, "made_on": self.made_on, "latency_s": None, "error": None},
-            )
+            record |= {"model": model, "made_on": self.made_on, "latency_s": None, "error": None}
+            write_json(file.with_suffix(".json"), record)
             truth = [] if case.target is None else [case.target]
             contexts, truths = ([_pixels(f, self.transform) for f in files] for files in (case.contexts, truth))
             rows.append((f"{case.key}: {case.instruction}", [*contexts, images[case.key], *truths]))
@@ -206,6 +204,8 @@ def _gives(metric: Metric, number: str, case: Case) -> bool:
             return number in metric.measure(Shown(case, 0, known[0]))
         except Unmeasured:
             return True  # it should have one
+        except LeftOut:
+            return False
 
 
 def _check_images(benchmark: Benchmark, transform: Transform) -> None:

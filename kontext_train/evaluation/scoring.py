@@ -82,11 +82,11 @@ def read_scores(results: Results) -> dict[str, Scores]:
 def _read(file: Path) -> Scores | None:
     """None of a file whose first line was not written whole. A later line of an image takes the place of an earlier."""
     scores = None
-    for raw in file.read_text(encoding="utf-8").splitlines():
+    for raw in file.read_bytes().split(b"\n"):  # not splitlines: reasons may hold other line ends
         try:
             line = json.loads(raw)
         except ValueError:
-            break  # torn by a kill
+            break  # torn by a kill, or the end
         if scores is None:
             scores = Scores(line["about"], line["numbers"])
             continue
@@ -118,10 +118,9 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
             return _line(name, "left_out", str(reason))
         except Unmeasured as error:
             return _line(name, "failed", str(error))
-        infinite = [number for number, value in found.items() if not np.isfinite(value)]
-        return (
-            _line(name, "failed", f"{', '.join(infinite)} is not finite") if infinite else _line(name, "values", found)
-        )
+        if infinite := [number for number, value in found.items() if not np.isfinite(value)]:
+            return _line(name, "failed", f"{', '.join(infinite)} is not finite")
+        return _line(name, "values", found)
 
     with file.open("a", encoding="utf-8") as lines:
         for line in in_threads(attempt, todo, metric.workers, metric.name, progress):

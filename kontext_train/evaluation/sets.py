@@ -61,9 +61,9 @@ def compare(
         if own:
             found = _compared(results, metric, features, own, given)
             numbers |= {f"{number}_{kind}": about for number, about in found.items()}
-    write_json(
-        _file(results, metric.name), {"of": [image_id(case.key, seed) for case, seed in pairs], "numbers": numbers}
-    )
+    features.bar.close()
+    of = [image_id(case.key, seed) for case, seed in pairs]
+    write_json(results.folder / "sets" / f"{metric.name}.json", {"of": of, "numbers": numbers})
 
 
 def read_sets(results: Results) -> dict[str, dict[str, Any]]:
@@ -77,10 +77,6 @@ def read_sets(results: Results) -> dict[str, dict[str, Any]]:
         if measured["of"] == now:
             found |= measured["numbers"]
     return found
-
-
-def _file(results: Results, name: str) -> Path:
-    return results.folder / "sets" / f"{name}.json"
 
 
 def _compared(

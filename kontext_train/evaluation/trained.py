@@ -32,7 +32,7 @@ from kontext_train.training.checkpoint_files import COMPLETE, place
 EXPORT_CONFIG = "kontext_train_config"
 EXPORT_ORIGIN = "kontext_train_origin"
 GROUP_BYTES = 2**30  # of float32 weights that `stream_parameters` holds at once
-NETWORKS, TOKENIZERS = ("vae", "text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # of encoders
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # folders
 
 
 @dataclass(slots=True)
@@ -111,13 +111,17 @@ def describe_model(checkpoint: str, ema: bool, encoders_path: str | None = None)
 def encoders_digest(folder: str | Path) -> str:
     """Of autoencoder, text encoders and tokenizers: small files by each byte, weights as `base_digest` reads them."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (*NETWORKS, *TOKENIZERS):
-        stored = Path(folder) / part
-        if holds_weights(stored):
-            digest.update(base_digest(stored, key="encoders.path").encode())
-        for file in sorted(f for f in stored.glob("*") if f.is_file() and f.suffix != ".safetensors"):
-            digest.update(f"{part}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    for part in ENCODERS:
+        for file in sorted(f for f in (Path(folder) / part).glob("[!.]*") if f.is_file()):
+            digest.update(f"{part}/{file.name} {_file_digest(file)}".encode())
     return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    if file.suffix == ".safetensors":
+        return base_digest(file, key="encoders.path")
+    with file.open("rb") as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:

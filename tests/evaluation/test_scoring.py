@@ -22,7 +22,7 @@ from kontext_train.distributed.setup import World, process_group
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import read_benchmark
-from kontext_train.evaluation.config import InTrainingConfig, MakingConfig
+from kontext_train.evaluation.config import InTrainingConfig, MakingConfig, MetricsConfig
 from kontext_train.evaluation.in_training import BenchmarkSlice
 from kontext_train.evaluation.metrics.base import Better, LeftOut, Shown, Unmeasured
 from kontext_train.evaluation.metrics.distribution import kernel_distance
@@ -164,6 +164,11 @@ def test_a_line_that_a_kill_has_torn_is_measured_again(results: Results) -> None
     again = Told(number)
     assert score(results, [again])["numbers"]["told"]["categories"]["all"]["n"] == 8
     assert len(again.asked) == 1
+    odd = "no \u2028 face é"
+    score(results, [Told(lambda shown: odd if shown.case.key == "0001" else number(shown), about="3")])
+    assert read_scores(results)["told"].failed == {"0001@0": odd}, "not a line's end"
+    file.write_bytes(file.read_bytes().partition("é".encode())[0] + b"\xc3")
+    assert read_scores(results)["told"].numbers == {"told": "higher"}, "torn within a letter"
     file.write_bytes(whole[:20])
     assert read_scores(results) == {}, "not even the metric's name is whole"
 
@@ -324,10 +329,12 @@ def test_the_mean_weighs_images_and_repeats() -> None:
     assert (median.value, median.low, median.high) == (2.0, 1.0, 9.0)
 
 
-def sliced(folder: Path, best_by: str, world: World | None = None) -> BenchmarkSlice:
+def sliced(
+    folder: Path, best_by: str, world: World | None = None, options: MetricsConfig | None = None
+) -> BenchmarkSlice:
     nothing: Any = None
     return BenchmarkSlice(
-        InTrainingConfig(benchmark=str(folder)),
+        InTrainingConfig(benchmark=str(folder), metrics=options or MetricsConfig()),
         nothing,
         SamplerConfig(),
         ShiftConfig(),
@@ -349,6 +356,9 @@ def test_best_by_is_a_number_that_the_benchmark_gives(tmp_path: Path) -> None:
         sliced(bare, "benchmark/untouched_mae")
     for number in ("validation/loss", "benchmark/colour_shift", "benchmark/cycle_mae/turn_2"):
         sliced(bare, number)
+    words = benchmark(tmp_path / "words", [line(0, "Text Editing", instruction="remove the text")])
+    with pytest.raises(ConfigError, match=r"checkpoint\.best_by='benchmark/text_found': would never be known"):
+        sliced(words, "benchmark/text_found", options=MetricsConfig(ocr=True))
     masked = benchmark(tmp_path / "masked", [line(0, mask_file_name="images/mask.png")])
     sliced(masked, "benchmark/untouched_mae")
 
