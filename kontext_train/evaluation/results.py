@@ -130,10 +130,10 @@ def not_made(results: Results) -> dict[str, str]:
     return reasons
 
 
-def latencies(results: Results) -> dict[str, list[float]]:
-    """Seconds, of images that were made one at a time, by what they were made on."""
-    found: dict[str, list[float]] = {}
+def latencies(results: Results) -> dict[str, list[float | None]]:
+    """Seconds an image, by what it was made on; None of images that were made several at once."""
+    found: dict[str, list[float | None]] = {}
     for record in (results.record(case.key, seed) for case, seed in results.images()):
-        if record is not None and record["latency_s"] is not None:
+        if record is not None and record["error"] is None:
             found.setdefault(record.get("made_on", "a machine that was not noted"), []).append(record["latency_s"])
     return found

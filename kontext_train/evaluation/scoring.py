@@ -191,14 +191,17 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def latency(results: Results) -> dict[str, dict[str, Any]]:
-    """Seconds an image, median and 95th percentile, by what images were made on. None of those made several at once."""
-    found = {}
-    for made_on, seconds in latencies(results).items():
+    """By what images were made on: how many, and of those made one at a time the median and 95th percentile of seconds;
+    None where there are none.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for made_on, images in latencies(results).items():
+        seconds = [value for value in images if value is not None]
         median = bootstrap.of_sample(seconds, np.median)
         p95 = bootstrap.of_sample(seconds, lambda values, axis: np.percentile(values, 95, axis=axis))
-        assert median is not None
-        assert p95 is not None
-        found[made_on] = {"median_s": median.as_json(), "p95_s": p95.as_json()}
+        quantiles = {"median_s": median, "p95_s": p95}
+        found[made_on] = {name: e.as_json() if e is not None else None for name, e in quantiles.items()}
+        found[made_on]["images"] = len(images)
     return found
 
 
@@ -220,11 +223,11 @@ def table(summary: dict[str, Any]) -> str:
         for told, what in (("failed", "failed on"), ("left_out", "does not apply to")):
             if found[told]:
                 lines.append(f"  {number:24} {what} {len(found[told])}: {some(list(found[told]))}")
-    for made_on, seconds in summary["latency"].items():
-        lines += [
-            f"  latency {name:16} {shown(estimate)}  n={estimate['n']} on {made_on}"
-            for name, estimate in seconds.items()
-        ]
+    for made_on, found in summary["latency"].items():
+        lines.append(f"  {found['images']} images on {made_on}")
+        for name in ("median_s", "p95_s"):
+            if (estimate := found[name]) is not None:
+                lines.append(f"  latency {name:16} {shown(estimate)}  n={estimate['n']}")
     if summary["not_made"]:
         lines.append(f"  not made: {len(summary['not_made'])}: {some(list(summary['not_made']))}")
     return "\n".join(lines)

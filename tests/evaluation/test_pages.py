@@ -112,6 +112,7 @@ def test_the_table_has_every_number_with_its_interval(report: Page, models: list
     assert home.first.inner_text().startswith("0 "), "the truth comes home"
     latency = report.locator("#latency tr")
     assert latency.nth(1).inner_text() == "no machine", "what it ran on"
+    assert latency.nth(2).locator("td").first.inner_text() == str(len(models[0].images()))
     assert latency.filter(has_text="median").locator("td").count() == 3
     timed = summary["latency"]["no machine"]["median_s"]
     assert f"n={timed['n']}" in latency.filter(has_text="median").locator("td").nth(2).inner_text()
@@ -402,7 +403,10 @@ def test_what_a_metric_leaves_out_is_listed(tmp_path: Path, page: Page) -> None:
 
     score(results, [Picky()])
     page.goto(write_report([results], tmp_path / "report").as_uri())
-    expect(page.locator("#left_out summary").first).to_contain_text("does not apply to 1")
+    expect(page.locator("#left_out summary").first).to_contain_text(
+        "out: not asked of 1: untouched_mae, untouched_psnr"
+    )
+    expect(page.locator("#left_out summary")).to_have_count(1)  # of all the metric's numbers together
     assert "0001@0: no hat in sight" in page.locator("#left_out li").all_text_contents()
     expect(page.locator("#failures")).to_contain_text("Every image was made")
 

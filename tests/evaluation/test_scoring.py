@@ -156,6 +156,14 @@ def test_a_kill_keeps_the_features_of_sets(results: Results) -> None:
     assert other.asked == 8 + 9, "another model measures all again"
 
 
+def test_progress_is_shown_where_it_is_asked_for(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    score(results, [Told(number)])
+    assert capsys.readouterr().err == ""
+    score(results, [Told(number, about="2")], progress=True)
+    assert "told: 100%" in (shown := capsys.readouterr().err)
+    assert "10/10" in shown
+
+
 def test_a_line_that_a_kill_has_torn_is_measured_again(results: Results) -> None:
     score(results, [Told(number)])
     file = scores_file(results, "told")

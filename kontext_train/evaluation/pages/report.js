@@ -25,12 +25,23 @@ const interval = (e) => (e.low === null ? short(e.value) : `${short(e.value)} [$
 
 // Failures come first ------------------------------------------------------------------------------------------------
 
+/** [numbers, {image: reason}] of a kind, "failed" or "left_out": numbers of one metric that lack the same images. */
+function lacking(model, kind) {
+  const groups = new Map();
+  for (const [number, found] of Object.entries(model.numbers)) {
+    if (!Object.keys(found[kind]).length) continue;
+    const id = JSON.stringify([found.metric, found[kind]]);
+    if (!groups.has(id)) groups.set(id, [[], found[kind]]);
+    groups.get(id)[0].push(number);
+  }
+  return [...groups.values()].map(([found, images]) => [found.join(", "), images]);
+}
+
 function drawFailures() {
   let any = false;
   for (const model of DATA.models) {
     const groups = [["images were not made", model.not_made]];
-    const leftOut = Object.entries(model.numbers).filter(([, found]) => Object.keys(found.left_out).length);
-    for (const [number, found] of Object.entries(model.numbers)) groups.push([`images have no ${number}`, found.failed]);
+    for (const [found, failed] of lacking(model, "failed")) groups.push([`images have no ${found}`, failed]);
     for (const [what, failed] of groups) {
       const entries = Object.entries(failed);
       if (!entries.length) continue;
@@ -39,10 +50,10 @@ function drawFailures() {
       const head = element("summary", {}, `${model.name}: ${entries.length} of ${model.asked} ${what}. No mean includes them.`);
       $("failures").append(element("details", { class: "alarm" }, head, list));
     }
-    for (const [number, found] of leftOut) {
-      const entries = Object.entries(found.left_out);
+    for (const [found, leftOut] of lacking(model, "left_out")) {
+      const entries = Object.entries(leftOut);
       const list = element("ul", {}, ...entries.map(([id, why]) => element("li", {}, `${id}: ${why}`)));
-      const head = element("summary", {}, `${model.name}: ${number} does not apply to ${entries.length}. No mean includes them.`);
+      const head = element("summary", {}, `${model.name}: not asked of ${entries.length}: ${found}. No mean includes them.`);
       $("left_out").append(element("details", { class: "aside" }, head, list));
     }
   }
@@ -75,13 +86,15 @@ function drawNumbers(category) {
 /** Seconds an image, a row for each kind of machine: what was made on two is no sample of either. */
 function drawLatency() {
   const machines = [...new Set(DATA.models.flatMap((model) => Object.keys(model.latency)))];
-  if (!machines.length) return void $("latency").append(element("p", { class: "note" }, "Not measured: images were made several at once."));
   const rows = [element("tr", {}, element("th", {}, ""), ...names.map((name) => element("th", {}, name)))];
   for (const machine of machines) {
     rows.push(element("tr", {}, element("th", { class: "machine", colspan: names.length + 1 }, machine)));
+    const counts = DATA.models.map((model) => element("td", {}, String(model.latency[machine]?.images ?? 0)));
+    rows.push(element("tr", {}, element("th", {}, "images"), ...counts));
     for (const [key, label] of [["median_s", "median"], ["p95_s", "95th percentile"]]) {
-      const cells = DATA.models.map((model) => model.latency[machine]?.[key]).map((found) => found
-        ? element("td", {}, interval(found), element("small", {}, `  n=${found.n}`)) : element("td", {}, "–"));
+      const cells = DATA.models.map((model) => model.latency[machine]).map((found) => found?.[key]
+        ? element("td", {}, interval(found[key]), element("small", {}, `  n=${found[key].n}`))
+        : element("td", {}, found ? "not measured: several at once" : "–"));
       rows.push(element("tr", {}, element("th", {}, `seconds an image, ${label}`), ...cells));
     }
   }
