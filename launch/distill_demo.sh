@@ -42,21 +42,16 @@ say "the teacher's own pictures, by 28 steps with guidance: $OUT/targets"
   --teacher "$OUT/teacher.safetensors" --guidance "$GUIDANCE" --steps 28 --samples-at-once 64
 TEACHER=("weights.teacher=$OUT/teacher.safetensors" weights.frozen_dtype=float32 "${QUIET[@]}")
 
-say "pro, by LADD, read at high noise: what stands where: $OUT/pro_structure"
+say "pro, by LADD: $OUT/pro"
 both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
-  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro_structure"
-[ -e "$OUT/pro_structure.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/pro_structure" \
-  "out=$OUT/pro_structure.safetensors" dtype=float32
+  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro"
 
-say "and on, read at low noise: colours: $OUT/pro"
-both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
-  data.sources.edits.weight=0.5 data.sources.text_to_image.weight=0.5 \
-  "${TEACHER[@]}" "weights.student=$OUT/pro_structure.safetensors" "run.dir=$OUT/pro" objective.renoise_mean=-1 \
-  objective.warmup_steps=0 optimizer.lr=3e-4 run.steps=300 ema.half_life_images=2000
-
-say "the control by regression, and dev by guidance distillation, a core each: $OUT/regression.safetensors, $OUT/dev"
-[ -e "$OUT/regression.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" \
-  --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1000 &
+say "two controls by regression, and dev by guidance distillation, a core each: $OUT/regression*.safetensors, $OUT/dev"
+regress() {
+  [ -e "$OUT/$1.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" --student "$OUT/pro" \
+    --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1000 "${@:2}"
+}
+{ regress regression && regress regression_same_noise --same-noise; } &
 "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
   "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev"
 wait $!
