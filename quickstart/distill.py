@@ -31,7 +31,7 @@ from kontext_train.data.encode import conditioning, image_tokens
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.sample import RawSample, SampleReader
 from kontext_train.evaluation.trained import Trained, load_trained
-from kontext_train.flow.config import SamplerConfig
+from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.flow.path import interpolate
 from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.generate import Request
@@ -60,14 +60,15 @@ def main() -> None:
         "--same-noise", action="store_true", help="the stronger one: start from each picture's own noise"
     )
     regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
+    regress.add_argument("--mu", type=float, required=True, help="of the student's times: their shift's logarithm")
     regress.add_argument("--steps", type=int, default=1000)
     judge = commands.add_parser("evaluate", help="write the numbers and pictures")
+    judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
     judge.add_argument("--dev", type=Path, required=True, help="the run of stage guidance_distillation")
     judge.add_argument("--samples", type=int, default=512)
     judge.add_argument("--guidance", type=float, required=True, help="of the teacher, as its targets were made")
     for command in (regress, judge):
         command.add_argument("--teacher", type=Path, required=True)
-        command.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
     for command in (data, regress, judge):
         command.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -79,7 +80,7 @@ def main() -> None:
             write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
         case "regress":
             trained = load_trained(arguments.teacher)
-            trained.shift = load_trained(arguments.student).shift
+            trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
             control = regressed(trained, arguments.targets, arguments.steps, arguments.same_noise)
             save_file(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
         case "evaluate":
