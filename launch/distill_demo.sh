@@ -7,15 +7,17 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/distill}
 QUICKSTART=${QUICKSTART:-outputs/quickstart}
 PYTHON=${PYTHON:-.venv/bin/python}
-GUIDANCE=2   # of the teacher, constant, as its targets are made
+GUIDANCE=2      # of the teacher, constant, as its targets are made
+STUDENT_MU=2.2  # of the student's times: nearer to noise than the teacher's, where the first of few steps must decide
 STARTED=$SECONDS
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 say() { printf '\n[%4d s] %s\n' $((SECONDS - STARTED)) "$*"; }
 both() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }   # a process on each core
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 [ -e "$QUICKSTART/run/config.yaml" ] || { echo "run launch/quickstart.sh first: $QUICKSTART/run is missing"; exit 1; }
 mkdir -p "$OUT"
-FLOW=(flow.base_mu=1.7 flow.max_mu=1.7)   # of the teacher: more weight where things are committed to than the quickstart
+FLOW=(flow.base_mu=1.7 flow.max_mu=1.7)  # of the teacher: more weight where things are committed to than the quickstart
 QUIET=(logging.progress_bar=false logging.wandb=disabled)
 
 say "drawing pictures of one thing, and edits: $OUT/one_thing, $OUT/edits"
@@ -33,7 +35,7 @@ say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 both kontext_train.train experiment=quickstart "${MIX[@]}" "data.sources.text_to_image.path=$OUT/one_thing" \
   "data.sources.edits.path=$QUICKSTART/shards/train" \
   "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
-  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 ema.half_life_images=8000
+  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 data.prompt_dropout=0.15 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
@@ -42,23 +44,19 @@ say "the teacher's own pictures, by 28 steps with guidance: $OUT/targets"
   --teacher "$OUT/teacher.safetensors" --guidance "$GUIDANCE" --steps 28 --samples-at-once 64
 TEACHER=("weights.teacher=$OUT/teacher.safetensors" weights.frozen_dtype=float32 "${QUIET[@]}")
 
-say "pro, by LADD, read at high noise: what stands where: $OUT/pro_structure"
-both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
-  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro_structure"
-[ -e "$OUT/pro_structure.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/pro_structure" \
-  "out=$OUT/pro_structure.safetensors" dtype=float32
-
-say "and on, read at low noise: colours: $OUT/pro"
-both kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "data.sources.text_to_image.path=$OUT/targets" \
-  data.sources.edits.weight=0.5 data.sources.text_to_image.weight=0.5 \
-  "${TEACHER[@]}" "weights.student=$OUT/pro_structure.safetensors" "run.dir=$OUT/pro" objective.renoise_mean=-1 \
-  objective.warmup_steps=0 optimizer.lr=3e-4 run.steps=300 ema.half_life_images=2000
-
-say "the control by regression, and dev by guidance distillation, a core each: $OUT/regression.safetensors, $OUT/dev"
-[ -e "$OUT/regression.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" \
-  --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" --steps 1000 &
-"$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
-  "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev"
+say "on one core pro by LADD, on the other dev by guidance distillation and two controls by regression: $OUT/{pro,dev}"
+regress() {
+  [ -e "$OUT/$1.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" --mu "$STUDENT_MU" \
+    --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" "${@:2}"
+}
+{
+  "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
+    "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" "${FLOW[@]}" &&
+    regress regression && regress regression_same_noise --same-noise
+} &
+"$PYTHON" -m kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "${TEACHER[@]}" \
+  "data.sources.text_to_image.path=$OUT/targets" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
+  "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
 wait $!
 
 say "sampling all of them"

@@ -1,7 +1,7 @@
 """Distillation on the quickstart's world, shown to work: its data, its control, and its numbers.
 
     python -m quickstart.distill data --out DIR           shards of one-thing pictures, and of edits alone
-    python -m quickstart.distill regress --out DIR ...    the control: regression onto what the teacher's sampler made
+    python -m quickstart.distill regress --out DIR ...    the controls: regression onto the pictures LADD learns from
     python -m quickstart.distill evaluate --out DIR ...   summary.json, table.md and pictures.png
 
 "a red circle on gray" has four right answers: the thing may stand in any of four cells, each of them one token. Before
@@ -12,6 +12,7 @@ Legend: B samples, M target tokens of a sample, C channels.
 """
 
 import argparse
+import copy
 import json
 import math
 from collections import Counter
@@ -30,7 +31,9 @@ from kontext_train.data.encode import conditioning, image_tokens
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.sample import RawSample, SampleReader
 from kontext_train.evaluation.trained import Trained, load_trained
-from kontext_train.flow.config import SamplerConfig
+from kontext_train.flow.config import SamplerConfig, ShiftConfig
+from kontext_train.flow.path import interpolate
+from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.generate import Request
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
@@ -44,6 +47,7 @@ from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 COLUMNS = 2  # so that a thing has four places
 TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
+CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
 AT_ONCE = 64
 
 
@@ -51,8 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Distillation on the quickstart's world")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the shards")
-    regress = commands.add_parser("regress", help="train the control")
+    regress = commands.add_parser("regress", help="train a control")
+    regress.add_argument(
+        "--same-noise", action="store_true", help="the stronger one: start from each picture's own noise"
+    )
     regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
+    regress.add_argument("--mu", type=float, required=True, help="of the student's times: their shift's logarithm")
     regress.add_argument("--steps", type=int, default=1000)
     judge = commands.add_parser("evaluate", help="write the numbers and pictures")
     judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
@@ -71,8 +79,10 @@ def main() -> None:
             write_one_thing(arguments.out / "asked", 4096)  # the first of them: what the teacher is asked to draw
             write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
         case "regress":
-            control = regressed(arguments.teacher, arguments.targets, arguments.steps)
-            save_file(control, arguments.out / "regression.safetensors")
+            trained = load_trained(arguments.teacher)
+            trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
+            control = regressed(trained, arguments.targets, arguments.steps, arguments.same_noise)
+            save_file(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
         case "evaluate":
             summary = evaluate(arguments)
             print(json.dumps(summary, indent=2))
@@ -98,27 +108,35 @@ def write_one_thing(out: Path, samples: int) -> None:
 # The control --------------------------------------------------------------------------------------------------------
 
 
-def regressed(teacher: Path, targets: Path, steps: int, batch: int = 64) -> dict[str, Tensor]:
-    """Weights of a student that learns by squared error, in one step from pure noise, what the teacher made of it.
+def regressed(trained: Trained, targets: Path, steps: int, same_noise: bool, batch: int = 64) -> dict[str, Tensor]:
+    """Weights of a student that learns by squared error, in one step, what LADD learns from its heads. trained: the
+    teacher, where it begins, with the student's shift.
 
-    The same noise: `generate_targets` notes the seeds. It starts from the teacher, and is given as many steps as it
-    takes to stop improving; its answer to several right pictures is between them.
+    Plain: from a picture that was noised to one of the student's times; where several are right, its best answer is
+    between them. same_noise: from the very noise of which the teacher's sampler made the picture, whose seed
+    `generate_targets` notes; then one is right, which is a distillation of its own (Luhman & Luhman 2021, 2101.02388).
     """
-    trained = load_trained(teacher)
     model = trained.model.requires_grad_(True)
     index = ShardIndex.open(targets)
     reader = SampleReader(index, trained.transform)
     noise_NMC, x_NMC, prompts = pairs(trained, [reader.read(i) for i in range(len(index))])
     shape = SampleShape(trained.encoders.text.t5_tokens, (2, COLUMNS))  # type: ignore[union-attr]
     layout = build_layout([shape] * batch)
+    mu = mu_for_tokens(torch.tensor(x_NMC.shape[1]), trained.shift)
+    times = sampling_schedule(max(STUDENT_STEPS), mu)[:-1]
     random = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
     for _ in range(steps):
         chosen = torch.randint(len(prompts), (batch,), generator=random)
-        z_MC, x_MC = noise_NMC[chosen].flatten(0, 1), x_NMC[chosen].flatten(0, 1)
+        x_MC, noise_MC, t_S = x_NMC[chosen].flatten(0, 1), noise_NMC[chosen].flatten(0, 1), torch.ones(batch)
+        if not same_noise:
+            noise_MC = torch.randn(noise_MC.shape, generator=random)
+            t_S = times[torch.randint(len(times), (batch,), generator=random)]
+        t_M1 = t_S[layout.sample_of_target_M][:, None]
+        z_MC = interpolate(x_MC, noise_MC, t_M1)
         cond = conditioning([prompts[i] for i in chosen.tolist()], [], layout, trained.encoders, z_MC)
-        made_MC = z_MC - predict_velocity(model, z_MC, torch.ones(batch), cond).float()
+        made_MC = z_MC - t_M1 * predict_velocity(model, z_MC, t_S, cond).float()
         (made_MC - x_MC).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,15 +212,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     """Writes summary.json, table.md and pictures.png into --out; returns the summary."""
     out, count = arguments.out, arguments.samples
     teacher, student = load_trained(arguments.teacher), load_trained(arguments.student)
-    control = load_trained(arguments.teacher)
-    control.model.load_state_dict(load_file(out / "regression.safetensors"))
     things = [one_thing(4, Split.HELDOUT_SCENES, i) for i in range(count)]
     guided, plain = SamplerConfig(guidance=arguments.guidance), SamplerConfig(guidance=1.0)
     own = {("teacher, own times", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
-    teacher.shift = control.shift = student.shift  # all stop at the same times, so that steps compare
+    teacher.shift = student.shift  # all stop at the same times, so that steps compare
     pictures = {("teacher", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS} | own
-    for name, trained in (("student", student), ("regression", control)):
-        pictures |= {(name, n): generate(trained, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
+    pictures |= {("student", n): generate(student, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
+    control = replace(teacher, model=copy.deepcopy(teacher.model))
+    for name in CONTROLS:
+        control.model.load_state_dict(load_file(out / f"{name}.safetensors"))
+        pictures |= {(name, n): generate(control, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
     results = {key: judged(images, things) for key, images in pictures.items()}
 
     edits = held_out_examples(Split.HELDOUT_SCENES, count, EDIT_KINDS)
@@ -217,7 +236,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     summary: dict[str, object] = {
         "teacher": {str(n): results["teacher", n].accuracy for n in TEACHER_STEPS},
         "student": {str(n): results["student", n].accuracy for n in STUDENT_STEPS},
-        "regression_student": max(results["regression", n].accuracy for n in STUDENT_STEPS),
+        "regression_student": max(results[name, n].accuracy for name in CONTROLS for n in STUDENT_STEPS),
         "edit_accuracy_teacher": edit_accuracy,
         "edit_accuracy_student": edits_right(student, edits, replace(plain, steps=steps)),
         "position_entropy_ratio": results["student", steps].entropy / Result(count, count, places).entropy,

@@ -15,9 +15,11 @@ from kontext_train.data.sample import SampleReader
 from kontext_train.evaluation.trained import load_trained
 from kontext_train.export import ExportConfig, StorageDtype, export
 from kontext_train.flow.config import SamplerConfig
-from kontext_train.models.kontext import latent_from_tokens, predict_velocity
+from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
+from kontext_train.models.flux import Flux
+from kontext_train.models.kontext import Conditioning, latent_from_tokens, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
-from quickstart import scenes
+from quickstart import distill, scenes
 from quickstart.benchmark import picture
 from quickstart.distill import Result, judged, one_thing, pairs, table, write_one_thing
 from quickstart.scenes import Split
@@ -48,8 +50,12 @@ def test_the_interval_is_wilsons() -> None:
     assert "| student | 4 | 0.800 | 0.490 to 0.943 | 0.000 |" in table({("student", 4): found})
 
 
-def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(tmp_path: Path) -> None:
-    """One step of the teacher from that noise is the stored picture; from other noise it is not."""
+def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of the teacher from that noise is the stored picture; from other noise it is not. The plain control is
+    given other noise, at the student's times.
+    """
     write_one_thing(tmp_path / "things", 6)
     build_index(tmp_path / "things")
     run(small_config(tmp_path / "things", tmp_path / "run", "run.steps=2", "optimizer.lr=1e-2"))
@@ -73,3 +79,22 @@ def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(tmp_pat
     stored = torch.stack([torch.as_tensor(np.asarray(raw.target)).permute(2, 0, 1) for raw in samples]).int()
     assert (made(noise_NMC) - stored).abs().max() <= 1
     assert (made(noise_NMC.flip(0)) - stored).abs().float().mean() > 5
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(model: Flux, z_MC: torch.Tensor, t_S: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        seen.append((z_MC, t_S))
+        return predict_velocity(model, z_MC, t_S, cond)
+
+    monkeypatch.setattr(distill, "predict_velocity", watched)
+    control = distill.regressed(trained, tmp_path / "targets", 1, same_noise=True)
+    ((z_MC, t_S),) = seen
+    assert t_S.unique().tolist() == [1]
+    assert all(any(torch.equal(z, noise) for noise in noise_NMC) for z in z_MC.split(4))
+    assert not torch.equal(control["img_in.weight"], load_trained(teacher).model.img_in.weight)
+    seen.clear()
+    distill.regressed(trained, tmp_path / "targets", 1, same_noise=False)
+    ((z_MC, t_S),) = seen
+    mu = mu_for_tokens(torch.tensor(4), trained.shift)
+    assert set(t_S.tolist()) == set(sampling_schedule(4, mu)[:-1].tolist())
+    assert not any(torch.equal(z, noise) for z in z_MC.split(4) for noise in noise_NMC)
