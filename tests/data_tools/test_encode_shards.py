@@ -18,8 +18,8 @@ from webdataset import ShardWriter
 from data_tools import encode_shards as tool
 from data_tools.check_shards import check_shards
 from data_tools.encode_shards import encode_shards
-from data_tools.shared_job import JobReport, share_of
 from data_tools.filter_shards import filter_shards
+from data_tools.shared_job import JobReport, share_of
 from kontext_train.data import encoded as encoded_module
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encoded import to_bytes
