@@ -17,6 +17,7 @@ ORDER = [
     {"trainer"},
     {"evaluation", "estimation"},
     {"config"},
+    {"assembly"},
     {"train", "sample", "evaluate", "export", "estimate"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

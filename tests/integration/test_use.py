@@ -203,7 +203,7 @@ def test_a_signal_while_it_loads_is_not_lost(shards: Path, tmp_path: Path, monke
         os.kill(os.getpid(), signal.SIGTERM)
         return load_encoders(*arguments, **options)
 
-    monkeypatch.setattr("kontext_train.data.encode.load_encoders", signalled)
+    monkeypatch.setattr("kontext_train.assembly.load_encoders", signalled)
     with pytest.raises(SystemExit, match="75"):
         train(small_config(shards, tmp_path))
     assert resolve(tmp_path).name == "step_00000001"
