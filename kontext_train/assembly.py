@@ -49,6 +49,7 @@ from kontext_train.training.networks import frozen_network, new_discriminator
 from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.profiling import Profiler
 from kontext_train.training.run_folder import record_start
+from kontext_train.training.run_lock import cannot_be_written
 from kontext_train.training.stability import Stability
 from kontext_train.training.stragglers import Stragglers
 from kontext_train.training.validation import Validation
@@ -131,13 +132,11 @@ def describe_start(config: TrainConfig, world: World, backend: AttentionBackend,
     folder = Path(config.run.dir)
     try:
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
             put(folder / "config.yaml", as_yaml(config).encode())
             print(f"kontext-train: attention by {backend.value}", file=sys.stderr)
         record_start(folder, world, as_yaml(config), resume)
     except OSError as error:
-        hint = "Give a folder on a disk with room, which all ranks share and may write to"
-        raise ConfigError("run.dir", config.run.dir, f"cannot be written to: {error}", hint) from error
+        raise cannot_be_written(config.run.dir, error) from error
 
 
 def frozen_encoders(config: TrainConfig, world: World, sources: Sequence[Source]) -> Encoders:

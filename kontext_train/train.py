@@ -128,6 +128,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.training.checkpoint_saver import Saver
     from kontext_train.training.heartbeat import heartbeat
     from kontext_train.training.metrics import RunLog
+    from kontext_train.training.run_lock import run_lock
     from kontext_train.training.signals import stop_on_signals
 
     # What can be refused is refused before any process group starts and before weights are read.
@@ -143,6 +144,7 @@ def train(config: TrainConfig) -> None:
 
     with (
         process_group(config.parallel) as world,
+        run_lock(config.run.dir, config.parallel.timeout_s),
         stop_on_signals() as stop,  # also while it loads: it then stops after one step
         watchdog(world, config.parallel) as watch,
         heartbeat(folder / "heartbeat.json" if world.is_main else None) as beats,

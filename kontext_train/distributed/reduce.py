@@ -1,12 +1,16 @@
 """Small values agreed on by all ranks, in one collective."""
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Value = TypeVar("Value")
 
-def from_main(value: str | None) -> str | None:
-    """Rank 0's value, on every rank."""
+
+def from_main(value: Value) -> Value:
+    """Rank 0's value, on every rank. It is pickled."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]
