@@ -1,10 +1,10 @@
 """The parts of a run, each made of its options. `train.py` says which there are and in what order they come."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from kontext_train.data.sources import Mixture, Source, check_edits_only, open_s
 from kontext_train.data.transforms import Transform
 from kontext_train.distributed.config import Reshard
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
-from kontext_train.distributed.parallelize import parallelize, shard
+from kontext_train.distributed.parallelize import HasBlocks, parallelize, shard
 from kontext_train.distributed.setup import World
 from kontext_train.distributed.watchdog import Watch
 from kontext_train.errors import ConfigError
@@ -211,12 +211,13 @@ def new_trainer(
     world: World,
     watch: Watch,
     beats: Heartbeat,
+    networks: Iterable[nn.Module],
     objective: Objective,
     encoders: Encoders,
     saver: Saver,
     record: dict[str, Any],
 ) -> Trainer:
-    """record: `record_of`."""
+    """networks: all, frozen ones too. record: `record_of`."""
     folder, student = Path(config.run.dir), objective.modules["student"]
     turns: dict[str, tuple[OptimizerConfig, ScheduleConfig]] = {
         "student": (config.optimizer, config.schedule),
@@ -235,7 +236,7 @@ def new_trainer(
         BadSamples(config.data.max_bad_fraction, folder, world.is_main),
         Health(
             Stability(config.health, folder, world),
-            Stragglers(config.health.straggler_factor, world, objective.modules.values()),
+            Stragglers(config.health.straggler_factor, world, [encoders, *cast(Iterable[HasBlocks], networks)]),
             beats,
             Profiler(config.profiler, folder, world.rank),
         ),

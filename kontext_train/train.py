@@ -165,7 +165,9 @@ def train(config: TrainConfig) -> None:
 
         # Training.
         saver = Saver(checkpoints, config.checkpoint)
-        trainer = assembly.new_trainer(config, world, watch, beats, objective, encoders, saver, record)
+        trainer = assembly.new_trainer(
+            config, world, watch, beats, networks.values(), objective, encoders, saver, record
+        )
         if resume is not None:
             trainer.load(resume)
             if world.is_main:
