@@ -44,9 +44,9 @@ these assumptions, none of which has been measured here: {assumptions}.
 Change one with `kontext-estimate assume.KEY=VALUE`.
 
 A pack fits if {reserve} GiB of an H100's 79.1 stay free, for CUDA's context, NCCL and fragmentation. The frozen
-encoders count: T5 and CLIP sharded, the autoencoder whole. With cp=2 two GPUs share a pack. LADD (as `experiment=pro`: eight
-heads of 256 channels, with a gradient penalty) and guidance distillation have a frozen teacher in bfloat16, and cost 8 and 5
-forward passes a sample where fine-tuning costs 3. Columns:
+encoders count: T5 and CLIP sharded, the autoencoder whole. With cp=2 two GPUs share a pack. LADD (as `experiment=pro`:
+eight heads of 256 channels, with a gradient penalty) and guidance distillation have a frozen teacher in bfloat16, and
+cost 8 and 5 forward passes a sample where fine-tuning costs 3. Columns:
 
 - *GiB at one*: at the peak of a step with one sample a pack;
 - *largest*: most samples of {tokens:,} tokens in a pack that fit, up to {most}; what follows is at that size;
@@ -74,15 +74,11 @@ class Tracer:
         if samples == 1:
             return self.trace(row, policy, 1)
         two, four = self.trace(row, policy, 2), self.trace(row, policy, 4)
-        blocks = {
-            part: _between(getattr(two, part), getattr(four, part), samples) for part in ("double", "single", "ends")
-        }
+        blocks = {part: _between(two, four, part, samples) for part in ("double", "single", "ends")}
         heads = None
         if two.heads is not None and four.heads is not None:
-            learn, teach = (
-                _between(getattr(two.heads, t), getattr(four.heads, t), samples) for t in ("learn", "teach")
-            )
-            heads = Heads(_line(two.heads.features, four.heads.features, samples), learn, teach)
+            turns = {turn: _between(two.heads, four.heads, turn, samples) for turn in ("learn", "teach")}
+            heads = Heads(_line(two.heads.features, four.heads.features, samples), **turns)
         return Parts(**blocks, batch=_line(two.batch, four.batch, samples), heads=heads)
 
     def trace(self, row: Row, policy: Checkpointing, samples: int) -> Parts:
@@ -113,8 +109,9 @@ class Tracer:
         return fitting
 
 
-def _between(at_two: PartCost, at_four: PartCost, samples: int) -> PartCost:
-    return PartCost(*(_line(getattr(at_two, f.name), getattr(at_four, f.name), samples) for f in fields(PartCost)))
+def _between(two: Parts | Heads, four: Parts | Heads, part: str, samples: int) -> PartCost:
+    a, b = getattr(two, part), getattr(four, part)
+    return PartCost(*(_line(getattr(a, f.name), getattr(b, f.name), samples) for f in fields(PartCost)))
 
 
 def _line(at_two: int, at_four: int, samples: int) -> int:

@@ -152,7 +152,7 @@ def test_estimated_memory_of_lora_is_within_a_tenth(ranks: int, base: BaseDtype)
 
 
 def measure_ladd(case: Setup, teacher: Path, peaks: Any) -> None:
-    """The same of two steps of a student and of heads on a frozen teacher."""
+    """The same of a student and of heads on a frozen teacher; rank 0 tells the peak of each turn of the second step."""
     assert isinstance(case.stage, LaddConfig)
     model, stage, parallel = case.model, case.stage, case.parallel
     torch.manual_seed(0)
