@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -25,6 +26,7 @@ from kontext_train.config import (
 )
 from kontext_train.distributed.config import world_size_from_environment
 from kontext_train.errors import ConfigError
+from kontext_train.overrides import check_overrides, refusal
 
 REQUEUE = 75  # exit status of a run that a signal stopped and that can be resumed (sysexits' EX_TEMPFAIL)
 INTERRUPTED = "KONTEXT_TRAIN_INTERRUPTED"  # names a file that says the same where torchrun would say 1
@@ -37,6 +39,10 @@ def main() -> None:
     if any(argument.partition("=")[0] == "--resume-run" for argument in sys.argv[1:]):
         start(lambda: of_run(sys.argv[1:]))
     else:
+        try:
+            check_overrides("train", sys.argv[1:])
+        except ConfigError as error:
+            refuse(error)
         composed_by_hydra()
 
 
@@ -64,8 +70,12 @@ def start(configured: Callable[[], TrainConfig]) -> None:
     except ConfigError as error:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra goes on with the other members, and fails at the end
-        print(f"kontext-train: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    print(f"kontext-train: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def of_run(arguments: Sequence[str]) -> TrainConfig:
@@ -83,7 +93,7 @@ def of_run(arguments: Sequence[str]) -> TrainConfig:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             config = typed(compose("config", overrides=changes))
     except HydraException as error:
-        raise ConfigError("--resume-run", " ".join(arguments), str(error), "Correct it") from error
+        raise refusal(error, overrides) from error
     config.run.dir = str(folder)
     if config.run.resume == "none":  # it was a new folder then
         config.run.resume = "auto"

@@ -16,7 +16,7 @@ ORDER = [
     {"training"},
     {"trainer"},
     {"evaluation", "estimation"},
-    {"config"},
+    {"config", "overrides"},
     {"assembly"},
     {"train", "sample", "evaluate", "export", "estimate"},
 ]

@@ -223,7 +223,7 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     assert f"going on from {folder}/checkpoints/step_00000030" in done.stderr
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 33))
     assert of(folder) == replace(of(trained_run, "run.steps=32"), run=of(folder).run)
-    with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
+    with pytest.raises(ConfigError, match=r"run\.stepz='.*': stepz is no option\. Known here: .* Did you mean steps\?"):
         of(folder, "run.stepz=3")
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
         of(Path("/nowhere"))
