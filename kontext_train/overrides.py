@@ -42,9 +42,9 @@ def refusal(error: HydraException, arguments: Sequence[str]) -> ConfigError:
 
 
 def _unknown_key(error: ConfigAttributeError | ConfigKeyError, arguments: Sequence[str]) -> ConfigError:
-    key, _, value = next((a for a in arguments if a.startswith(error.full_key or "")), error.full_key or "").partition(
-        "="
-    )
+    unknown = error.full_key or ""
+    given = (argument.partition("=") for argument in arguments)
+    key, value = next(((k, v) for k, _, v in given if f"{k}.".startswith(f"{unknown}.")), (unknown, None))
     kind = error.object_type
     if not (isinstance(kind, type) and is_dataclass(kind)):  # a dict, such as data.sources
         return ConfigError(key, value, f"{error.key} is not there yet", f"To add it: +{key}={value}")

@@ -88,6 +88,7 @@ class Estimate:
 
 def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     """parts: what `traced` gave for this setup."""
+    assert (parts.heads is not None) == isinstance(setup.stage, LaddConfig), "parts of another stage"
     gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
     network = network_of(setup.model, parallel, cluster.world, parts, setup.lora)
     sharding = sharding_of(setup.model, parallel, cluster.world)

@@ -190,8 +190,7 @@ def moments_through(
     that comes out of it. Nothing is reduced and nothing stays gathered. An upper bound: a frozen network keeps nothing
     for gradients of weights, and has all features, or gradients of them, only at its last block.
     """
-    kept = sum(block.cost.kept for block in network.blocks)
-    waiting = float(network.ends.cost.kept + kept)
+    waiting = float(network.ends.cost.kept + sum(block.cost.kept for block in network.blocks))
     before = replace(base, gradients=base.gradients if accumulating else 0.0)
     frozen = replace(sharding, last_stays=False, all_stay=False)
     for moment in moments(before, network, frozen, accumulating=True):

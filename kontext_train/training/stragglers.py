@@ -98,9 +98,7 @@ class Stragglers:
 
         for tensor in _with_gradients(output if isinstance(output, tuple) else (output,)):
             tensor.register_hook(begin)
-        for tensor in _with_gradients(inputs)[
-            :1
-        ]:  # FSDP has made all of them outputs of one node: they are done at once
+        for tensor in _with_gradients(inputs)[:1]:  # one stands for all: FSDP has made them outputs of one node
             tensor.register_hook(end)
 
     def _mark(self, part: str) -> Mark:
