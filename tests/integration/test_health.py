@@ -241,7 +241,7 @@ def sleeps_before(rank: int, owner: Any, name: str) -> None:
         made = getattr(owner, name)
 
         def method(*arguments: Any, **options: Any) -> Any:
-            time.sleep(0.3)
+            time.sleep(0.4)
             return made(*arguments, **options)
 
         setattr(owner, name, method)
@@ -254,7 +254,7 @@ class SleepsBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.3)
+        time.sleep(0.4)
         return gradient
 
 
@@ -264,7 +264,7 @@ def slow_ranks(config: TrainConfig, slow: dict[str, int]) -> None:
 
     def slow_batches(*arguments: Any, **options: Any) -> Any:
         for batch in train_batches(*arguments, **options):
-            time.sleep(0.3)
+            time.sleep(0.4)
             yield batch
 
     for what, rank in slow.items():
@@ -297,21 +297,20 @@ def test_a_slow_rank_is_named_with_what_it_is_slow_at(
     shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], slow: dict[str, int], named: dict[str, int]
 ) -> None:
     """The ranks wait for each other in every block, so that a step takes the same time on both."""
-    in_processes(2, slow_ranks, small_config(shards, tmp_path, "run.steps=4", STRAGGLERS), slow)
+    options = ("run.steps=6", "health.straggler_factor=1.5")  # of the mean of two: three times the other
+    in_processes(2, slow_ranks, small_config(shards, tmp_path, *options), slow)
     told = capfd.readouterr().err
-    assert told.count(" is slow at ") == 2
     last = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r][-1]
     for part, rank in named.items():
-        assert told.count(f"kontext-train: rank {rank} is slow at {part}: ") == 1
+        assert f"kontext-train: rank {rank} is slow at {part}: " in told
+        assert f"rank {1 - rank} is slow at {part}: " not in told
         assert last[f"straggler/{part}/rank"] == rank
-        assert last[f"straggler/{part}/seconds"] > 0.3
-
-
-STRAGGLERS = "health.straggler_factor=1.75"  # of the mean of two: seven times the other
+        assert last[f"straggler/{part}/seconds"] > 0.4
 
 
 def test_ranks_that_are_alike_are_not_named(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run(small_config(shards, tmp_path / "on", "run.steps=4", STRAGGLERS), processes=2)
+    options = ("run.steps=4", "health.straggler_factor=1.75")  # seven times the other
+    run(small_config(shards, tmp_path / "on", *options), processes=2)
     assert "is slow at" not in capfd.readouterr().err
     run(small_config(shards, tmp_path / "off", "run.steps=1", "health.straggler_factor=0"), processes=2)
     assert not any("straggler" in key for r in read_metrics(tmp_path / "off" / "metrics.jsonl") for key in r)
