@@ -10,7 +10,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 GUIDANCE=2      # of the teacher, constant, as its targets are made
 STUDENT_MU=2.2  # of the student's times: nearer to noise than the teacher's, where the first of few steps must decide
 STARTED=$SECONDS
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+LANE=           # the process group of what runs beside LADD; it ends with this script, however that ends
+trap '[ -z "$LANE" ] || { kill -- "-$LANE" && wait "$LANE"; } 2> /dev/null || true' EXIT
 say() { printf '\n[%4d s] %s\n' $((SECONDS - STARTED)) "$*"; }
 both() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m "$@"; }   # a process on each core
 
@@ -49,15 +50,19 @@ regress() {
   [ -e "$OUT/$1.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" --mu "$STUDENT_MU" \
     --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" "${@:2}"
 }
+set -m   # a group of its own
 {
   "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
     "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" "${FLOW[@]}" &&
     regress regression && regress regression_same_noise --same-noise
 } &
+LANE=$!
+set +m
 "$PYTHON" -m kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "${TEACHER[@]}" \
   "data.sources.text_to_image.path=$OUT/targets" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
   "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
-wait $!
+wait "$LANE"
+LANE=
 
 say "sampling all of them"
 "$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" --student "$OUT/pro" \
@@ -67,7 +72,7 @@ cat "$OUT/table.md"
 cat <<EOF
 
 Done in $((SECONDS - STARTED)) s. Look at:
-  $OUT/table.md         accuracy by steps, with intervals
+  $OUT/table.md         accuracy, places and edits by steps, with intervals; guidance and its cost
   $OUT/pictures.png     teacher by 28 steps | student by 4 | student by 1
   $OUT/summary.json     the numbers
 EOF

@@ -7,6 +7,8 @@
 "a red circle on gray" has four right answers: the thing may stand in any of four cells, each of them one token. Before
 it has looked, a network can only expect a quarter of a circle in each; a sampler of many steps makes up its mind on the
 way, one of a single step cannot. That gap is what distillation for few steps is about, and edits do not have it.
+The world has 192 such prompts, and training sees them all: they are asked again with noise that is new. Edits are of
+scenes that training has not seen.
 
 Legend: B samples, M target tokens of a sample, C channels.
 """
@@ -15,9 +17,10 @@ import argparse
 import copy
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -47,8 +50,13 @@ from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 COLUMNS = 2  # so that a thing has four places
 TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
+TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
+NOISES = 16  # of each prompt: so many pictures tell whether it has one place or all four
+ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for LADD and the controls to learn from
 AT_ONCE = 64
+
+Row = tuple[str, int]  # of the table: model, steps
 
 
 def main() -> None:
@@ -76,13 +84,13 @@ def main() -> None:
     match arguments.command:
         case "data":
             write_one_thing(arguments.out / "one_thing", 12_000)
-            write_one_thing(arguments.out / "asked", 4096)  # the first of them: what the teacher is asked to draw
+            write_one_thing(arguments.out / "asked", ASKED)  # the first of them
             write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
         case "regress":
             trained = load_trained(arguments.teacher)
             trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
             control = regressed(trained, arguments.targets, arguments.steps, arguments.same_noise)
-            save_file(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
+            write_whole(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
         case "evaluate":
             summary = evaluate(arguments)
             print(json.dumps(summary, indent=2))
@@ -98,11 +106,15 @@ def one_thing(seed: int, split: Split, index: int) -> Example:
     return Example(scenes.describe(scene, rng), Edit(Kind.DESCRIBE), (), scene)
 
 
+def trained_thing(index: int) -> Example:
+    return one_thing(3, Split.TRAIN, index)
+
+
 def write_one_thing(out: Path, samples: int) -> None:
     out.mkdir(parents=True)
     with webdataset.ShardWriter(str(out / "%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0, mtime=0) as writer:
         for i in range(samples):
-            writer.write(to_sample(one_thing(3, Split.TRAIN, i), f"{i:08d}"))
+            writer.write(to_sample(trained_thing(i), f"{i:08d}"))
 
 
 # The control --------------------------------------------------------------------------------------------------------
@@ -145,6 +157,13 @@ def regressed(trained: Trained, targets: Path, steps: int, same_noise: bool, bat
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def write_whole(weights: dict[str, Tensor], path: Path) -> None:
+    """A file that is there is finished: the demo does not train it again."""
+    part = path.with_suffix(".part")
+    save_file(weights, part)
+    part.replace(path)
+
+
 def pairs(trained: Trained, samples: Sequence[RawSample]) -> tuple[Tensor, Tensor, list[str]]:
     """(noise [N, M, C], tokens [N, M, C], prompts) of what the teacher made from that noise."""
     images = [torch.as_tensor(raw.target).permute(2, 0, 1) for raw in samples]
@@ -164,22 +183,93 @@ class Result:
 
     right: int
     count: int
-    places: Counter[int]
+    places: dict[str, Counter[int]] = field(default_factory=dict)  # by prompt
 
     @property
     def accuracy(self) -> float:
         return self.right / self.count
 
-    @property
-    def entropy(self) -> float:
-        """Of the places, in nats."""
-        return sum(n / self.right * math.log(self.right / n) for n in self.places.values())
-
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's, of 95 %."""
+        """Wilson's, of 95 %: of other noise for the same prompts."""
         p, n = self.accuracy, self.count
         middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+    def entropy_ratio(self, frequencies: Sequence[float]) -> tuple[float, float, float]:
+        """Entropy of the places that one prompt is given by many noises, over that of as many draws from the data's
+        `frequencies`, and its 95 % interval over prompts. 0 where nothing was right.
+
+        Of one prompt, because a model that has one place for each prompt uses all of them as well. As many draws,
+        because few have less entropy than what they are drawn from.
+        """
+        found = np.array([entropy(places) for places in self.places.values()])
+        expected = np.array([expected_entropy(places.total(), frequencies) for places in self.places.values()])
+        if not expected.sum():
+            return 0.0, 0.0, 0.0
+        rows = resampled(len(found))
+        low, high = np.quantile(found[rows].sum(1) / np.maximum(expected[rows].sum(1), 1e-9), (0.025, 0.975))
+        return float(found.sum() / expected.sum()), float(low), float(high)
+
+
+def entropy(counts: Counter[int]) -> float:
+    """In nats."""
+    return sum(n / counts.total() * math.log(counts.total() / n) for n in counts.values())
+
+
+def expected_entropy(draws: int, frequencies: Sequence[float]) -> float:
+    """The mean of `entropy` over all that so many independent draws can give: how often each is drawn is binomial."""
+    return sum(
+        math.comb(draws, n) * p**n * (1 - p) ** (draws - n) * n / draws * math.log(draws / n)
+        for p in frequencies
+        for n in range(1, draws + 1)
+    )
+
+
+def resampled(count: int) -> np.ndarray:
+    """[2000, count] numbers of those that each resample of a bootstrap holds."""
+    return np.random.default_rng(0).integers(count, size=(2000, count))
+
+
+def mean_interval(value_N: np.ndarray) -> tuple[float, float]:
+    """Of 95 %, by the bootstrap."""
+    low, high = np.quantile(value_N[resampled(len(value_N))].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+@dataclass(slots=True)
+class Cost:
+    """Of one picture. Seconds are of the machine as busy as it was."""
+
+    passes: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class Guidance:
+    """At one scale: differences to the guided teacher's pictures of N edits, and what either sampler takes."""
+
+    dev_N: np.ndarray
+    unguided_N: np.ndarray
+    dev: Cost
+    guided: Cost
+
+
+def questions(count: int) -> list[Example]:
+    """What a model is asked to draw: every NOISES in a row are the same. All were seen in training, where there are
+    192 of them; what is new is the noise.
+    """
+    found = {example.prompt: example for example in map(trained_thing, range(ASKED))}
+    prompts = list(found.values())
+    return [prompts[i // NOISES % len(prompts)] for i in range(count)]
+
+
+def frequencies_of_data() -> list[float]:
+    """Of the cells."""
+    counts = Counter[int]()
+    for example in map(trained_thing, range(ASKED)):
+        (thing,) = example.target.things
+        counts[example.target.cells().index((thing.row, thing.column))] += 1
+    return [n / counts.total() for n in counts.values()]
 
 
 def generate(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> list[Tensor]:
@@ -194,99 +284,141 @@ def generate(trained: Trained, examples: Sequence[Example], sampler: SamplerConf
     return images
 
 
+def with_cost(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> tuple[list[Tensor], Cost]:
+    """`generate`, its calls of the network counted: one over k packed samples is a pass of each."""
+    samples: list[int] = []
+    hook = trained.model.register_forward_pre_hook(lambda model, inputs: samples.append(len(inputs[3])))  # times
+    started = time.perf_counter()
+    images = generate(trained, examples, sampler)
+    seconds = time.perf_counter() - started
+    hook.remove()
+    return images, Cost(sum(samples) / len(examples), seconds / len(examples))
+
+
 def judged(images: Sequence[Tensor], examples: Sequence[Example]) -> Result:
-    places, right = Counter[int](), 0
+    result = Result(0, len(examples))
     for image, example in zip(map(image_HWC, images), examples, strict=True):
         if scoring.text_to_image_right(image, example.target):
-            right += 1
-            places[next(i for i, cell in enumerate(scoring.read_cells(image)) if cell.shape is not None)] += 1
-    return Result(right, len(examples), places)
+            result.right += 1
+            place = next(i for i, cell in enumerate(scoring.read_cells(image)) if cell.shape is not None)
+            result.places.setdefault(example.prompt, Counter())[place] += 1
+    return result
 
 
-def edits_right(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> float:
+def edits_right(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> Result:
     images = generate(trained, examples, sampler)
-    return float(np.mean([scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)]))
+    right = [scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)]
+    return Result(sum(right), len(right))
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     """Writes summary.json, table.md and pictures.png into --out; returns the summary."""
     out, count = arguments.out, arguments.samples
     teacher, student = load_trained(arguments.teacher), load_trained(arguments.student)
-    things = [one_thing(4, Split.HELDOUT_SCENES, i) for i in range(count)]
+    things, edits = questions(count), held_out_examples(Split.HELDOUT_SCENES, count, EDIT_KINDS)
     guided, plain = SamplerConfig(guidance=arguments.guidance), SamplerConfig(guidance=1.0)
-    own = {("teacher, own times", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
-    teacher.shift = student.shift  # all stop at the same times, so that steps compare
-    pictures = {("teacher", n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS} | own
-    pictures |= {("student", n): generate(student, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
-    control = replace(teacher, model=copy.deepcopy(teacher.model))
-    for name in CONTROLS:
-        control.model.load_state_dict(load_file(out / f"{name}.safetensors"))
-        pictures |= {(name, n): generate(control, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
-    results = {key: judged(images, things) for key, images in pictures.items()}
-
-    edits = held_out_examples(Split.HELDOUT_SCENES, count, EDIT_KINDS)
-    enough = results["teacher", 28].accuracy - 0.05
-    steps = min((n for n in STUDENT_STEPS if results["student", n].accuracy >= enough), default=4)
-    places = Counter(
-        example.target.cells().index((t.row, t.column)) for example in things for t in example.target.things
-    )
-    edit_accuracy = edits_right(teacher, edits, replace(plain, steps=28))
-    errors = guidance_errors(teacher, load_trained(arguments.dev), edits[: count // 4])
-    dev_error, unguided_error = np.mean(list(errors.values()), axis=0).tolist()
-    summary: dict[str, object] = {
-        "teacher": {str(n): results["teacher", n].accuracy for n in TEACHER_STEPS},
-        "student": {str(n): results["student", n].accuracy for n in STUDENT_STEPS},
-        "regression_student": max(results[name, n].accuracy for name in CONTROLS for n in STUDENT_STEPS),
-        "edit_accuracy_teacher": edit_accuracy,
-        "edit_accuracy_student": edits_right(student, edits, replace(plain, steps=steps)),
-        "position_entropy_ratio": results["student", steps].entropy / Result(count, count, places).entropy,
-        "dev_guidance_error": dev_error,
-        "unguided_guidance_error": unguided_error,
-    }
+    pictures: dict[Row, list[Tensor]] = {}
+    edited: dict[Row, Result] = {}
+    for name, shift in zip(TEACHERS, (teacher.shift, student.shift), strict=True):
+        teacher.shift = shift
+        pictures |= {(name, n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
+        edited[name, 28] = edits_right(teacher, edits, replace(plain, steps=28))
+    control = replace(student, model=copy.deepcopy(teacher.model))
+    for name in ("student", *CONTROLS):
+        few = student if name == "student" else control
+        if few is control:
+            control.model.load_state_dict(load_file(out / f"{name}.safetensors"))
+        pictures |= {(name, n): generate(few, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
+        edited |= {(name, n): edits_right(few, edits, replace(plain, steps=n)) for n in STUDENT_STEPS}
+    drawn = {row: judged(images, things) for row, images in pictures.items()}
+    frequencies = frequencies_of_data()
+    guidance = guidance_errors(teacher, load_trained(arguments.dev), edits[: max(1, count // 4)])
+    summary = summarised(drawn, edited, guidance, frequencies)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (out / "table.md").write_text(table(results) + "\n" + table_of_guidance(errors))
+    (out / "table.md").write_text(table(drawn, edited, frequencies) + "\n" + table_of_guidance(guidance))
     chosen = [pictures["teacher", 28], pictures["student", 4], pictures["student", 1]]
-    rows = [(e.prompt, list(row)) for e, *row in islice(zip(things, *chosen, strict=True), 12)]
-    save_grid(out / "pictures.png", rows, scale=3)
+    numbers = range(0, count, max(1, count // 12))  # of several prompts
+    save_grid(out / "pictures.png", [(things[i].prompt, [images[i] for images in chosen]) for i in numbers], scale=3)
     return summary
 
 
-def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> dict[float, tuple[float, float]]:
+def summarised(
+    drawn: dict[Row, Result], edited: dict[Row, Result], guidance: dict[float, Guidance], frequencies: Sequence[float]
+) -> dict[str, object]:
+    """The teacher's numbers are the better of those at its own times and at the student's. `student_steps`: of the
+    student's edits and places, as few as bring it within 0.05 of the teacher's 28.
+    """
+    teacher = {n: max(drawn[name, n].accuracy for name in TEACHERS) for n in TEACHER_STEPS}
+    student = {n: drawn["student", n].accuracy for n in STUDENT_STEPS}
+    steps = min((n for n in STUDENT_STEPS if student[n] >= teacher[28] - 0.05), default=4)
+    at_scales = list(guidance.values())
+    return {
+        "teacher": {str(n): accuracy for n, accuracy in teacher.items()},
+        "student": {str(n): accuracy for n, accuracy in student.items()},
+        "student_steps": steps,
+        "regression_student": max(drawn[name, n].accuracy for name in CONTROLS for n in STUDENT_STEPS),
+        "edit_accuracy_teacher": max(edited[name, 28].accuracy for name in TEACHERS),
+        "edit_accuracy_student": edited["student", steps].accuracy,
+        "position_entropy_ratio": drawn["student", steps].entropy_ratio(frequencies)[0],
+        "dev_guidance_error": float(np.mean([g.dev_N for g in at_scales])),
+        "unguided_guidance_error": float(np.mean([g.unguided_N for g in at_scales])),
+        "dev_passes": float(np.mean([g.dev.passes for g in at_scales])),
+        "guided_passes": float(np.mean([g.guided.passes for g in at_scales])),
+    }
+
+
+def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> dict[float, Guidance]:
     """Mean absolute difference, pictures in [0, 1], to what guidance makes at each of SCALES: of dev, told the scale,
     and of no guidance. The same noise for all.
     """
     teacher.shift = dev.shift
     unguided = generate(teacher, edits, SamplerConfig(steps=8))
-    errors = {}
+    found = {}
     for scale in SCALES:
-        goal = generate(teacher, edits, SamplerConfig(steps=8, guidance=scale))
-        told = generate(dev, edits, SamplerConfig(steps=8, embedded_guidance=scale))
-        errors[scale] = (difference(told, goal), difference(unguided, goal))
-    return errors
+        goal, of_guided = with_cost(teacher, edits, SamplerConfig(steps=8, guidance=scale))
+        told, of_dev = with_cost(dev, edits, SamplerConfig(steps=8, embedded_guidance=scale))
+        found[scale] = Guidance(differences(told, goal), differences(unguided, goal), of_dev, of_guided)
+    return found
 
 
 def image_HWC(image: Tensor) -> np.ndarray:
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def difference(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    pairs = zip(images, others, strict=True)
-    return float(np.mean([(a.float() - b.float()).abs().mean().item() / 255 for a, b in pairs]))
+def differences(images: Sequence[Tensor], others: Sequence[Tensor]) -> np.ndarray:
+    """[N]: mean absolute, pictures in [0, 1]."""
+    both = zip(images, others, strict=True)
+    return np.array([(a.float() - b.float()).abs().mean().item() / 255 for a, b in both])
 
 
-def table(results: dict[tuple[str, int], Result]) -> str:
-    """Markdown: accuracy with its 95 % interval, and the entropy of places relative to four equal ones."""
-    lines = ["| model | steps | right | 95 % interval | entropy of places |", "|---|---|---|---|---|"]
-    for (name, steps), result in results.items():
-        low, high = result.interval()
-        entropy = result.entropy / math.log(4)
-        lines.append(f"| {name} | {steps} | {result.accuracy:.3f} | {low:.3f} to {high:.3f} | {entropy:.3f} |")
+def table(drawn: dict[Row, Result], edited: dict[Row, Result], frequencies: Sequence[float]) -> str:
+    """Markdown. With each number its 95 % interval; see `Result` for what they are."""
+    lines = ["| model | steps | right | entropy of places | edits right |", "|---|---|---|---|---|"]
+    for (name, steps), result in drawn.items():
+        edits = edited.get((name, steps))
+        cells = [
+            number(result.accuracy, *result.interval()),
+            number(*result.entropy_ratio(frequencies)),
+            number(edits.accuracy, *edits.interval()) if edits else "",
+        ]
+        lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def table_of_guidance(errors: dict[float, tuple[float, float]]) -> str:
-    lines = ["| guidance | difference of dev to it | of no guidance to it |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {w:g} | {dev:.4f} | {none:.4f} |" for w, (dev, none) in errors.items())]) + "\n"
+def number(value: float, low: float, high: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table_of_guidance(guidance: dict[float, Guidance]) -> str:
+    """Markdown: differences with their 95 % intervals over edits, and the cost of a picture by either sampler."""
+    head = ["guidance", "difference of dev to it", "of no guidance to it", "passes of dev", "of guidance"]
+    head += ["seconds of dev", "of guidance"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for scale, g in guidance.items():
+        errors = [number(e.mean(), *mean_interval(e), digits=4) for e in (g.dev_N, g.unguided_N)]
+        passes, seconds = f"{g.dev.passes:g} | {g.guided.passes:g}", f"{g.dev.seconds:.4f} | {g.guided.seconds:.4f}"
+        lines.append(f"| {scale:g} | {' | '.join(errors)} | {passes} | {seconds} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

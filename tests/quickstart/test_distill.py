@@ -1,5 +1,9 @@
 """The proof's yardsticks: right pictures count, averages of right pictures do not, and the control sees true pairs."""
 
+import json
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,17 +25,32 @@ from kontext_train.models.kontext import Conditioning, latent_from_tokens, predi
 from kontext_train.models.sequence import SampleShape, build_layout
 from quickstart import distill, scenes
 from quickstart.benchmark import picture
-from quickstart.distill import Result, judged, one_thing, pairs, table, write_one_thing
-from quickstart.scenes import Split
+from quickstart.distill import (
+    CONTROLS,
+    STUDENT_STEPS,
+    TEACHER_STEPS,
+    Cost,
+    Guidance,
+    Result,
+    judged,
+    one_thing,
+    pairs,
+    questions,
+    summarised,
+    table,
+    write_one_thing,
+)
+from quickstart.scenes import Example, Split
 from tests.runs import run, small_config
 
+QUARTERS = (0.25, 0.25, 0.25, 0.25)
 THINGS = [one_thing(5, Split.HELDOUT_SCENES, i) for i in range(200)]
 
 
 def test_truth_is_right_in_all_four_places_and_a_mean_of_places_is_wrong() -> None:
     found = judged([picture(e.target) for e in THINGS], THINGS)
     assert found.accuracy == 1
-    assert found.entropy == pytest.approx(np.log(4), abs=0.02)
+    assert distill.entropy(sum(found.places.values(), Counter[int]())) == pytest.approx(np.log(4), abs=0.02)
     assert {len(e.target.things) for e in THINGS} == {1}
     blurred = []
     for example in THINGS[:50]:
@@ -44,24 +63,147 @@ def test_truth_is_right_in_all_four_places_and_a_mean_of_places_is_wrong() -> No
 
 def test_the_interval_is_wilsons() -> None:
     """8 of 10: the textbook's 0.490 to 0.943."""
-    found = Result(8, 10, {0: 8})  # type: ignore[arg-type]
+    found = Result(8, 10, {"a red circle on gray": Counter({0: 8})})
     assert found.interval() == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert found.entropy == 0
-    assert "| student | 4 | 0.800 | 0.490 to 0.943 | 0.000 |" in table({("student", 4): found})
+    row = "| student | 4 | 0.800 (0.490 to 0.943) | 0.000 (0.000 to 0.000) | 0.500 (0.237 to 0.763) |"
+    assert row in table({("student", 4): found}, {("student", 4): Result(5, 10)}, QUARTERS)
+    assert "| 0.000 (0.000 to 0.000) |  |" in table({("student", 4): found}, {}, QUARTERS)
+
+
+def placed(cells: Sequence[int], examples: Sequence[Example]) -> Result:
+    """Of pictures that are right, with the thing of the i-th in cells[i]."""
+    images = []
+    for cell, example in zip(cells, examples, strict=True):
+        scene, (thing,) = example.target, example.target.things
+        row, column = scene.cells()[cell]
+        images.append(picture(replace(scene, things=(replace(thing, row=row, column=column),))))
+    return judged(images, examples)
+
+
+def test_a_place_for_each_prompt_is_no_diversity() -> None:
+    """Though all four are used equally often: the control. Chance draws as the data does, and misses no entropy."""
+    asked = questions(512)
+    assert len({example.prompt for example in asked}) == 32
+    prompts = sorted({example.prompt for example in asked})
+    hashed = placed([prompts.index(e.prompt) % 4 for e in asked], asked)
+    assert sum(hashed.places.values(), Counter[int]()) == {0: 128, 1: 128, 2: 128, 3: 128}
+    assert hashed.accuracy == 1
+    assert hashed.entropy_ratio(QUARTERS) == (0, 0, 0)
+    chance = placed(np.random.default_rng(0).integers(4, size=512).tolist(), asked)
+    ratio, low, high = chance.entropy_ratio(QUARTERS)
+    assert ratio == pytest.approx(1, abs=0.03)
+    assert ratio - 0.05 < low < ratio < high < ratio + 0.05
+    two = placed(np.random.default_rng(0).integers(2, size=512).tolist(), asked)
+    assert two.entropy_ratio(QUARTERS)[0] == pytest.approx(0.53, abs=0.03)
+    assert Result(0, 512).entropy_ratio(QUARTERS) == (0, 0, 0)
+
+
+def test_few_draws_have_as_little_entropy_as_is_expected_of_them() -> None:
+    """By simulation, of places that are not equally likely."""
+    frequencies, random = (0.5, 0.3, 0.2), np.random.default_rng(0)
+    for draws in (1, 2, 16):
+        simulated = [distill.entropy(Counter(random.choice(3, draws, p=frequencies).tolist())) for _ in range(4000)]
+        assert distill.expected_entropy(draws, frequencies) == pytest.approx(np.mean(simulated), abs=0.02)
+    assert distill.frequencies_of_data() == pytest.approx(QUARTERS, abs=0.02)
+
+
+def test_the_questions_are_those_of_the_data() -> None:
+    """What is new is the noise: the seed of a question is its number, the seeds of targets have 63 bits."""
+    every = {example.prompt for example in questions(4096)}
+    assert every == {example.prompt for example in map(distill.trained_thing, range(distill.ASKED))}
+    assert len(every) == 192
+
+
+def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_pass() -> None:
+    def of(right: int) -> Result:
+        return Result(right, 100, {"a": Counter(dict.fromkeys(range(4), right // 4))})
+
+    drawn = {("teacher", n): of(right) for n, right in zip(TEACHER_STEPS, (80, 60, 56, 40, 8), strict=True)}
+    own = zip(TEACHER_STEPS, (92, 56, 48, 44, 4), strict=True)
+    drawn |= {("teacher, own times", n): of(right) for n, right in own}
+    drawn |= {("student", 4): of(96), ("student", 2): of(88), ("student", 1): of(84)}
+    drawn |= {(name, n): of(40 + n) for name in CONTROLS for n in STUDENT_STEPS}
+    edited = {("teacher", 28): Result(70, 100), ("teacher, own times", 28): Result(90, 100)}
+    edited |= {("student", n): Result(80 + n, 100) for n in STUDENT_STEPS}
+    guided = Guidance(np.array([0.1, 0.3]), np.array([0.5, 0.7]), Cost(8, 0.5), Cost(16, 1.0))
+    summary = summarised(drawn, edited, {2.0: guided}, QUARTERS)
+    assert summary == {
+        "teacher": {"28": 0.92, "8": 0.6, "4": 0.56, "2": 0.44, "1": 0.08},
+        "student": {"4": 0.96, "2": 0.88, "1": 0.84},
+        "student_steps": 2,
+        "regression_student": 0.44,
+        "edit_accuracy_teacher": 0.9,
+        "edit_accuracy_student": 0.82,
+        "position_entropy_ratio": pytest.approx(1, abs=0.05),
+        "dev_guidance_error": pytest.approx(0.2),
+        "unguided_guidance_error": pytest.approx(0.6),
+        "dev_passes": 8,
+        "guided_passes": 16,
+    }
+    drawn |= {("student", n): of(84) for n in STUDENT_STEPS}
+    assert summarised(drawn, edited, {2.0: guided}, QUARTERS)["student_steps"] == 4  # none passes
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("things")
+    write_one_thing(folder / "shards", 6)
+    build_index(folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def teacher(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    run(small_config(things, folder / "run", "run.steps=2", "optimizer.lr=1e-2"))
+    export(ExportConfig(str(folder / "run"), str(folder / "teacher.safetensors"), dtype=StorageDtype.float32))
+    return folder / "teacher.safetensors"
+
+
+def test_evaluation_of_small_models(things: Path, teacher: Path, tmp_path: Path) -> None:
+    """Everything is there and measured; guidance takes two passes a step where the student of it takes one."""
+    run(small_config(things, tmp_path / "dev", "run.steps=1", "model.guidance_embed=true"))
+    weights = {name: parameter.detach() for name, parameter in load_trained(teacher).model.named_parameters()}
+    for name in CONTROLS:
+        distill.write_whole(weights, tmp_path / f"{name}.safetensors")
+    arguments = Namespace(out=tmp_path, teacher=teacher, student=teacher, dev=tmp_path / "dev", guidance=2.0, samples=4)
+    summary = distill.evaluate(arguments)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["dev_passes"], summary["guided_passes"]) == (8, 16)
+    assert summary["student_steps"] == 1  # as bad as its teacher
+    assert summary["edit_accuracy_teacher"] == summary["position_entropy_ratio"] == 0
+    assert 0 != summary["dev_guidance_error"] != summary["unguided_guidance_error"] != 0
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().split("\n")
+    ]
+    judged_on_edits = {(row[0], row[1]) for row in rows if len(row) == 5 and row[4].startswith("0.000 (")}
+    few = {(name, str(n)) for name in ("student", *CONTROLS) for n in STUDENT_STEPS}
+    assert judged_on_edits == few | {("teacher", "28"), ("teacher, own times", "28")}
+    assert [row[3:5] for row in rows if len(row) == 7 and row[0] in "234"] == [["8", "16"]] * 3
+    assert (tmp_path / "pictures.png").stat().st_size > 0
+
+
+def test_a_control_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(weights: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill.write_whole({}, tmp_path / "regression.safetensors")
+    assert not (tmp_path / "regression.safetensors").exists()
+    monkeypatch.undo()
+    distill.write_whole({"a": torch.ones(1)}, tmp_path / "regression.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["regression.safetensors"]
 
 
 def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    things: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step of the teacher from that noise is the stored picture; from other noise it is not. The plain control is
     given other noise, at the student's times.
     """
-    write_one_thing(tmp_path / "things", 6)
-    build_index(tmp_path / "things")
-    run(small_config(tmp_path / "things", tmp_path / "run", "run.steps=2", "optimizer.lr=1e-2"))
-    teacher = tmp_path / "teacher.safetensors"
-    export(ExportConfig(str(tmp_path / "run"), str(teacher), dtype=StorageDtype.float32))
-    generate_targets(tmp_path / "things", tmp_path / "targets", teacher, SamplerConfig(steps=1))
+    generate_targets(things, tmp_path / "targets", teacher, SamplerConfig(steps=1))
     trained = load_trained(teacher)
     index = ShardIndex.open(tmp_path / "targets")
     samples = [SampleReader(index, trained.transform).read(i) for i in range(6)]
