@@ -24,7 +24,6 @@ from kontext_train.data.encode import Encoders, load_encoders, map_by_size
 from kontext_train.data.encoded import StoredText, describe_encoding, encoding_bytes, to_bytes
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex, read_encoding
-from kontext_train.data.index_build import build_index
 from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.transforms import Transform
@@ -39,10 +38,8 @@ _EXAMPLES = """examples:
 Every shard becomes one of the same name in --out. Processes (torchrun's, a Slurm array's, or both) share the shards out
 among themselves. After a kill, run the same command again: finished shards are kept, the others are made. Whoever
 finishes last writes the index. Then train with data.train=OUT, the same encoders and the same data settings; others are
-refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are left out, or an error."""
-
-
-UNREAD = ": could not be read when its shard was encoded"
+refused (docs/encoding.md). Exit status: 0 all is encoded, or what is left is others'; 1 bad samples are left out
+(said by whoever finishes last), or an error."""
 
 
 def encode_shards(
@@ -100,23 +97,8 @@ def encode_shards(
         if index.safety_filter is not None:  # what is encoded passed it too
             with replacing(out / SAFETY_NAME) as file:
                 file.write(passed_filter(index.safety_filter, [out / name for name, _ in shards]))
-        problems = build_index(out).problems
-        if problems:
-            raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")
-        report.indexed = True
-        told = "".join(report.bad)
-        missing = _left_out(index, ShardIndex.open(out))
-        report.bad += [sample for sample in missing if sample.removesuffix(UNREAD) not in told]
+        report.index(index, out)
     return report
-
-
-def _left_out(source: ShardIndex, made: ShardIndex) -> Iterator[str]:
-    """Samples of the source that no encoded shard has: bad ones, also of shards that another run or process made."""
-    rows_made = dict(made.shard_rows())
-    for name, rows in source.shard_rows():
-        if len(rows_made[name]) < len(rows):
-            there = {made.location(i).key for i in rows_made[name]}
-            yield from (f"{at.shard}: {at.key}{UNREAD}" for at in map(source.location, rows) if at.key not in there)
 
 
 def _device() -> torch.device:

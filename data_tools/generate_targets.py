@@ -23,9 +23,9 @@ from data_tools.scanning import flat_rows
 from data_tools.shard_writing import replacing, write_shard
 from data_tools.shared_job import JobReport, share_of
 from kontext_train.data.index import ShardIndex
-from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
-from kontext_train.evaluation.trained import Trained, load_trained
+from kontext_train.errors import ConfigError
+from kontext_train.evaluation.trained import Trained, describe_model, load_trained
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
 from kontext_train.randomness import key_of
@@ -36,11 +36,15 @@ _EXAMPLES = """examples:
   sbatch --array=0-63 --gpus=1 --wrap "python -m data_tools.generate_targets /data/edits --out ... --teacher ..."
 
 Every shard becomes one of the same name in --out, with the same keys, prompts and contexts, and with targets that the
-teacher made of them at one constant guidance. A sample's picture is a function of (--seed, its key, the teacher and the
-sampler). Processes (torchrun's, a Slurm array's, or both) share the shards out among themselves; each holds the whole
-teacher. After a kill, run the same command again: finished shards are kept, the others are made. Whoever finishes last
-writes the index. The result is an ordinary folder of shards: check_shards, encode_shards and data.train take it.
-Exit status: 0 all is made; 1 samples that could not be read are left out, or an error."""
+teacher made of them at one constant guidance. A sample's picture is a function of (--seed, its shard's name, its key,
+the teacher and the sampler). Processes (torchrun's, a Slurm array's, or both) share the shards out among themselves;
+each holds the whole teacher. After a kill, run the same command again: finished shards are kept, the others are made.
+Whoever finishes last writes the index. The result is an ordinary folder of shards: check_shards, encode_shards and
+data.train take it. Exit status: 0 all is made, or what is left is others'; 1 samples that could not be read are left
+out (said by whoever finishes last, and by every later run), or an error.
+
+The teacher is a run of kontext-train, or what kontext-export made of one: kontext-export checkpoint=RUN
+out=max.safetensors. A released file does not say which encoders, sizes and schedule it goes with, and is refused."""
 
 SETTINGS = "generated.json"  # in --out: how its targets were made
 
@@ -73,10 +77,10 @@ def generate_targets(
     if index.encoding is not None:
         raise ValueError(f"{source} holds encoded shards. Give the folder of shards that they were made from")
     shards = flat_rows(index)
-    trained = load_trained(teacher, ema=ema, encoders_path=encoders)
-    settings = {"source": index.digest, "teacher": _digest(trained), "seed": seed, "sampler": asdict(sampler)}
+    settings = {"source": index.digest, **_described(teacher, ema, encoders), "seed": seed, "sampler": asdict(sampler)}
     out.mkdir(parents=True, exist_ok=True)
     _check_same(out, settings)
+    trained = load_trained(teacher, ema=ema, encoders_path=encoders)
     number, sharers = share
     mine = shards[number::sharers]
     todo = [(name, rows) for name, rows in mine if not (out / name).exists()]
@@ -90,17 +94,21 @@ def generate_targets(
                 left.unlink(missing_ok=True)
             report.shards += 1
     if all((out / name).exists() for name, _ in shards):
-        problems = build_index(out).problems
-        if problems:
-            raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")
-        report.indexed = True
+        report.index(index, out)
     return report
 
 
-def _digest(trained: Trained) -> str:
-    """Of the teacher's weights, wherever they lie: the sums of the parameters, which say enough to tell two apart."""
-    sums = [float(p.double().sum()) for p in trained.model.parameters()]
-    return f"{key_of(*map(repr, sums)):032x}"
+def _described(teacher: Path, ema: bool, encoders: str | None) -> dict[str, Any]:
+    """What of the teacher decides pixels, wherever it and its encoders lie."""
+    try:
+        found = describe_model(str(teacher), ema, encoders)
+    except ConfigError as error:
+        if error.key != "checkpoint":
+            raise
+        raise ValueError(f"--teacher takes a run, a checkpoint of one or what kontext-export wrote. {error}") from error
+    of_encoders = {key: value for key, value in found["encoders"].items() if key != "path"}
+    decisive = {key: found[key] for key in ("weights", "shift", "sizes", "background")}
+    return {"teacher": found["digest"], **decisive, "encoders": of_encoders}
 
 
 def _check_same(out: Path, settings: dict[str, Any]) -> None:
@@ -146,7 +154,9 @@ def _made(
 def _request(raw: RawSample, seed: int) -> Request:
     height, width = raw.target.shape[:2]
     contexts = [_as_CHW(context) for context in raw.contexts]
-    return Request(raw.prompt, contexts, height, width, seed=key_of(seed, "target", raw.key) >> 65)  # 63 bits
+    return Request(
+        raw.prompt, contexts, height, width, seed=key_of(seed, "target", raw.shard, raw.key) >> 65
+    )  # 63 bits
 
 
 def _as_CHW(image: Any) -> Tensor:
@@ -166,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("source", metavar="DIR", type=Path, help="a folder of indexed shards of images")
     add("--out", metavar="DIR", type=Path, required=True, help="the folder of shards with the teacher's targets")
-    add("--teacher", metavar="PATH", type=Path, required=True, help="a run folder, a checkpoint, or an export")
+    add("--teacher", metavar="PATH", type=Path, required=True, help="a run, a checkpoint, or an export of ours")
     add("--steps", metavar="N", type=at_least(1), default=sampler.steps, help="(default: %(default)s)")
     add(
         "--guidance",

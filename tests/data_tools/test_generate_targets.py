@@ -2,12 +2,21 @@
 
 import io
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from data_tools import generate_targets as tool
 from data_tools.generate_targets import generate_targets
@@ -15,15 +24,21 @@ from data_tools.shard_writing import write_shard
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import SampleReader
-from kontext_train.evaluation.trained import load_trained
+from kontext_train.evaluation.trained import EXPORT_CONFIG, load_trained, read_config
 from kontext_train.export import ExportConfig, StorageDtype, export
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
+from kontext_train.models.lora import base_digest
 from quickstart.make_dataset import example_at, to_sample
 from quickstart.scenes import Split
-from tests.runs import overwrite, run, small_config
+from tests.runs import ENCODERS, broken_copy, overwrite, run, small_config
 
 SAMPLER = SamplerConfig(steps=2, guidance=3.0)
+
+
+def write_samples(shard: Path, samples: Sequence[dict[str, Any]]) -> None:
+    members = [({k: v for k, v in s.items() if k != "__key__"}, s["__key__"]) for s in samples]
+    write_shard(shard, [(key, m | {"json": json.dumps(m["json"]).encode()}) for m, key in members])
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for number in range(2):
         samples = [to_sample(example_at(0, Split.TRAIN, 5 * number + i), f"{number}_{i}") for i in range(5)]
-        members = [({k: v for k, v in s.items() if k != "__key__"}, s["__key__"]) for s in samples]
-        encoded = [(key, m | {"json": json.dumps(m["json"]).encode()}) for m, key in members]
-        write_shard(folder / f"{number}.tar", encoded)
+        write_samples(folder / f"{number}.tar", samples)
     build_index(folder)
     return folder
 
@@ -95,22 +108,166 @@ def test_other_settings_are_refused(
     assert "0 samples in 0 shards, 2 kept; indexed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("flow.base_mu=0.7", "another shift: {'base_tokens': 256, 'base_mu': 0.5,"),
+        ("data.background=[0,0,0]", "another background: [255, 255, 255] there, [0, 0, 0] now"),
+        ("data.max_pixels=1024", "another sizes"),
+        ("encoders.t5_tokens=16", "another encoders"),
+    ],
+)
+def test_a_teacher_that_reads_or_samples_otherwise_is_refused(
+    source: Path, teacher: Path, targets: Path, tmp_path: Path, option: str, said: str
+) -> None:
+    """Though its weights are the same."""
+    config = read_config(teacher)
+    section, _, rest = option.partition(".")
+    name, _, value = rest.partition("=")
+    config[section][name] = json.loads(value)
+    other = tmp_path / "other.safetensors"
+    with safe_open(teacher, "pt") as file:
+        save_file(load_file(teacher), other, file.metadata() | {EXPORT_CONFIG: json.dumps(config)})
+    with pytest.raises(ValueError, match=re.escape(f"was begun with {said}")):
+        generate_targets(source, targets, other, SAMPLER)
+
+
+def test_what_was_made_with_other_encoders_is_refused(
+    source: Path, teacher: Path, targets: Path, tmp_path: Path
+) -> None:
+    """Of the same place in the config; and moved, they are the same."""
+    shutil.copytree(ENCODERS, tmp_path / "encoders")
+    assert generate_targets(source, targets, teacher, SAMPLER, encoders=str(tmp_path / "encoders")).indexed
+    file = tmp_path / "encoders" / "vae" / "config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ValueError, match=r"was begun with another encoders: \{'digest': "):
+        generate_targets(source, targets, teacher, SAMPLER, encoders=str(tmp_path / "encoders"))
+
+
+def test_the_teacher_is_named_by_bytes_of_its_weights(teacher: Path, targets: Path) -> None:
+    """And not by sums, which a machine of more cores adds up otherwise."""
+    settings = json.loads((targets / tool.SETTINGS).read_text())
+    assert settings["teacher"] == base_digest(teacher)
+    assert "kontext_train_config" not in settings
+    assert str(teacher.parent) not in json.dumps(settings)
+
+
+def test_a_released_file_is_refused_as_a_teacher(
+    source: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released = tmp_path / "released.safetensors"
+    save_file(load_file(teacher), released)
+    assert tool.main([str(source), "--out", str(tmp_path / "out"), "--teacher", str(released)]) == 1
+    told = capsys.readouterr().err
+    assert "--teacher takes a run, a checkpoint of one or what kontext-export wrote" in told
+    assert "does not say which model it holds" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_key_in_two_shards_has_two_noises(source: Path, teacher: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "source"
+    twice.mkdir()
+    for name in ("a.tar", "b.tar"):
+        shutil.copy(source / "0.tar", twice / name)
+    build_index(twice)
+    generate_targets(twice, tmp_path / "out", teacher, SAMPLER)
+    reader = SampleReader(ShardIndex.open(tmp_path / "out"), load_trained(teacher).transform)
+    first, second = reader.read(0), reader.read(5)
+    assert first.key == second.key
+    assert first.metadata["generated"]["seed"] != second.metadata["generated"]["seed"]
+    assert not np.array_equal(first.target, second.target)
+
+
+ODD_PROMPTS = ("", "\n", "make it\nred\r\n\tnow ", "把圆变成红色 🟥 é", "\u202e\x00\u200d", "long " * 500)
+
+
+def test_odd_prompts_are_kept(source: Path, teacher: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "source"
+    odd.mkdir()
+    reader = SampleReader(ShardIndex.open(source), load_trained(teacher).transform)
+    picture = tool._png(reader.read(0).target)
+    samples = [
+        (f"{i}", {"json": json.dumps({"prompt": prompt, "note": prompt}).encode(), "target.png": picture})
+        for i, prompt in enumerate(ODD_PROMPTS)
+    ]
+    write_shard(odd / "0.tar", samples)
+    build_index(odd)
+    report = generate_targets(odd, tmp_path / "out", teacher, SAMPLER)
+    assert (report.samples, report.bad) == (len(ODD_PROMPTS), [])
+    made = SampleReader(ShardIndex.open(tmp_path / "out"), reader.transform)
+    found = [made.read(i) for i in range(len(ODD_PROMPTS))]
+    assert [(raw.prompt, raw.metadata["note"]) for raw in found] == [(prompt, prompt) for prompt in ODD_PROMPTS]
+
+
 def test_a_run_trains_on_them(targets: Path, tmp_path: Path) -> None:
     run(small_config(targets, tmp_path, "run.steps=1", "data.tokens_per_pack=64"))
 
 
-def test_a_bad_sample_is_left_out_by_name(source: Path, teacher: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "source"
-    broken.mkdir()
-    for name in ("0.tar", "1.tar"):
-        (broken / name).write_bytes((source / name).read_bytes())
-    build_index(broken)
-    where = ShardIndex.open(broken).location(7)
+def test_a_bad_sample_is_left_out_by_name(
+    source: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a run that finds its shard made."""
+    broken = broken_copy(source, tmp_path / "source", [7])
+    arguments = [str(broken), "--out", str(tmp_path / "out"), "--teacher", str(teacher), "--steps", "2"]
+    assert tool.main(arguments) == 1
+    told = capsys.readouterr().out
+    assert "9 samples in 2 shards, 0 kept; indexed" in told
+    assert told.count("left out: ") == 1
+    assert "1.tar: 1_2: target: cannot be decoded" in told
+    for _ in range(2):
+        assert tool.main(arguments) == 1
+        told = capsys.readouterr().out
+        assert "0 samples in 0 shards, 2 kept; indexed" in told
+        assert told.count("left out: ") == 1
+        assert "1.tar: 1_2: could not be read when its shard was made" in told
+
+
+def test_a_shard_of_bad_samples_alone_is_left_out(source: Path, teacher: Path, tmp_path: Path) -> None:
+    broken = broken_copy(source, tmp_path / "source", range(5, 10))
+    first = generate_targets(broken, tmp_path / "out", teacher, SAMPLER)
+    assert (first.samples, first.indexed, len(first.bad)) == (5, True, 5)
+    again = generate_targets(broken, tmp_path / "out", teacher, SAMPLER)
+    names = [f"{broken / '1.tar'}: 1_{i}: could not be read when its shard was made" for i in range(5)]
+    assert (again.kept, again.bad) == (2, names)
+    assert len(ShardIndex.open(tmp_path / "out")) == 5
+
+
+def test_a_shard_that_was_cut_off_stops_the_job_and_no_more(
+    source: Path, teacher: Path, targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    whole = (tmp_path / "source" / "1.tar").read_bytes()
+    state = (tmp_path / "source" / "1.tar").stat()
+    (tmp_path / "source" / "1.tar").write_bytes(whole[: len(whole) // 2])
+    arguments = [str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--teacher", str(teacher), "--steps", "2"]
+    assert tool.main(arguments) == 1
+    assert "1.tar" in capsys.readouterr().err
+    (tmp_path / "source" / "1.tar").write_bytes(whole)
+    os.utime(tmp_path / "source" / "1.tar", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert tool.main(arguments) == 0
+    assert (tmp_path / "out" / "1.tar").read_bytes() == (targets / "1.tar").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_rank_with_bad_samples_does_not_end_the_others(source: Path, teacher: Path, tmp_path: Path) -> None:
+    """torchrun ends all as soon as one fails. The first of two is done at once, and has a bad sample."""
+    long = tmp_path / "source"
+    long.mkdir()
+    first = [to_sample(example_at(0, Split.TRAIN, 0), "bad")]
+    second = [to_sample(example_at(0, Split.TRAIN, i), f"{i}") for i in range(40)]
+    for name, samples in (("0.tar", first), ("1.tar", second)):
+        write_samples(long / name, samples)
+    build_index(long)
+    where = ShardIndex.open(long).location(0)
     overwrite(where.shard, where.target.offset, bytes(where.target.size))
-    report = generate_targets(broken, tmp_path / "out", teacher, SAMPLER)
-    assert report.samples == 9
-    assert len(report.bad) == 1
-    assert "1.tar: 1_2: target" in report.bad[0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "data_tools.generate_targets", str(long), "--out", str(tmp_path / "out")]
+    command += ["--teacher", str(teacher), "--steps", "12", "--samples-at-once", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "40 samples in 1 shards, 0 kept" in done.stdout, done.stderr
+    assert "0.tar: bad: " in done.stdout
+    assert done.returncode == 1
+    assert len(ShardIndex.open(tmp_path / "out")) == 40
 
 
 def test_pictures_survive_as_png() -> None:
