@@ -140,7 +140,7 @@ def train(config: TrainConfig) -> None:
     from kontext_train.models.lora import adapt, base_digest
     from kontext_train.models.weights import initialise, initialise_adapters, load
     from kontext_train.objectives.build import build_objective
-    from kontext_train.objectives.concept_list import read_concepts
+    from kontext_train.objectives.concept_list import concepts_digest, read_concepts
     from kontext_train.objectives.concepts import encode_concepts
     from kontext_train.objectives.config import LaddConfig, SafetyConfig
     from kontext_train.trainer import Interrupted, Trainer
@@ -199,6 +199,9 @@ def train(config: TrainConfig) -> None:
     sources_of = {role: getattr(config.weights, role) for role in config.objective.frozen}
     if sources_of:  # nor do they hold these
         record["frozen"] = {role: base_digest(path, f"weights.{role}") for role, path in sources_of.items()}
+    if isinstance(config.objective, SafetyConfig):
+        concept_list = read_concepts(config.objective.concepts)
+        record["concepts"] = concepts_digest(concept_list)
     folder = Path(config.run.dir)
     check_hardware(config.parallel)
     backend = usable_backend(
@@ -284,7 +287,7 @@ def train(config: TrainConfig) -> None:
         concepts = None
         if isinstance(config.objective, SafetyConfig):
             transform = Transform.of(config.data, pixels_per_token, config.run.seed)
-            concepts = encode_concepts(read_concepts(config.objective.concepts), encoders, transform, world.device)
+            concepts = encode_concepts(concept_list, encoders, transform, world.device)
         objective = build_objective(config.objective, networks, config.model, config.flow, empty_prompt, concepts)
         turns: dict[str, tuple[OptimizerConfig, ScheduleConfig]] = {
             "student": (config.optimizer, config.schedule),

@@ -93,7 +93,7 @@ def stage(model: torch.nn.Module, reference: torch.nn.Module, **options: float) 
     cond, encoded = conditioning(), []
     for i, shape in enumerate(cond.layout.shapes):
         context = cond.context_KC if shape.contexts else cond.context_KC[:0]
-        encoded.append(EncodedConcept(shape, torch.randn(2, 12, 64), torch.randn(2, 64), context, turned=i == 1))
+        encoded.append(EncodedConcept(shape, torch.randn(3, 12, 64), torch.randn(3, 64), context, turned=i == 1))
     config = SafetyConfig(concepts="list", **options)  # type: ignore[arg-type]
     return Safety(model, reference, ConceptBank(encoded, torch.device("cpu")), config, ShiftConfig())
 
