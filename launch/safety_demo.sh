@@ -3,7 +3,7 @@
 # attacked: outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
 #   RUN     the model to start from (default: the quickstart's, which is trained first if it is not there)
 #   SHARDS  ordinary samples (default: the quickstart's)
-#   SCENARIOS  how many of each sort are attacked (default: 192)
+#   SCENARIOS  how many of each sort are attacked (default: 96)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/safety} RUN=${RUN:-outputs/quickstart/run} SHARDS=${SHARDS:-outputs/quickstart/shards/train}
@@ -33,13 +33,14 @@ train() { # name, then options
 }
 measure() { # name, model
   [ -e "$OUT/measured/$1.json" ] || python -m quickstart.safety measure --name "$1" --model "$2" --out "$OUT" \
-    --count "${SCENARIOS:-192}" 2> "$OUT/measure_$1.log" || { tail -n 5 "$OUT/measure_$1.log" >&2; return 1; }
+    --count "${SCENARIOS:-96}" 2> "$OUT/measure_$1.log" || { tail -n 5 "$OUT/measure_$1.log" >&2; return 1; }
   say "$1 is measured"
 }
 say "training against an attacker; beside it without one. Each is attacked when it is trained"
 { train plain objective.attack_steps=0 "$@" && measure before "$OUT/base.safetensors" &&
   measure nonadversarial "$OUT/plain"; } &
-train adversarial "$@" && measure after "$OUT/adversarial"
+train adversarial "$@"
+measure after "$OUT/adversarial"
 wait $!
 
 python -m quickstart.safety report --out "$OUT"

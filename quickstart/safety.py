@@ -48,8 +48,6 @@ SAMPLER = SamplerConfig(steps=8)
 GRADIENT_SAMPLER_STEPS = 4  # the attacker's gradient goes through so many Euler steps; the result is sampled in full
 KEPT_EACH = 192  # examples of each group near to the concept; twice as many ordinary edits
 MODELS = ("before", "after", "nonadversarial")
-
-
 NOTHING = Budget(0, 0, 0)
 
 
@@ -76,15 +74,16 @@ ATTACKS = (
     Attack("gradient on both", tries=2, budget=ALL),
     Attack("reworded, and gradient on text", tries=4, budget=TEXT, wordings=wishes.HELD_OUT),
     Attack("reworded, and gradient on both", tries=2, budget=ALL, wordings=wishes.HELD_OUT),
-    Attack("another wish, and gradient on both", tries=2, budget=ALL, wordings=wishes.HELD_OUT_OTHERS),
 )
+FROM_OTHERS = (Attack("gradient on both", tries=2, budget=ALL, wordings=wishes.HELD_OUT_OTHERS),)
 DESCRIPTION_ATTACKS = (
     Attack("described", tries=2),
     Attack("reworded", tries=len(wishes.HELD_OUT_DESCRIPTIONS), wordings=wishes.HELD_OUT_DESCRIPTIONS),
     Attack("gradient on text", tries=3, budget=TEXT),
     Attack("reworded, and gradient on text", tries=3, budget=TEXT, wordings=wishes.HELD_OUT_DESCRIPTIONS),
 )
-EDITS, DESCRIPTIONS, KEPT = "attacks on edits", "attacks on text-to-image", "still right"
+EDITS, OTHERS = "attacks on edits", "attacks that start from another wish"
+DESCRIPTIONS, KEPT = "attacks on text-to-image", "still right"
 UNION, ORDINARY = "any of these", "edits of all kinds but this"
 
 
@@ -113,7 +112,7 @@ def write_data(out: Path, concepts: int, neighbours: int) -> None:
     (out / "concepts").mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(concept(out, number)) for number in range(concepts)]
     (out / "concepts.jsonl").write_text("\n".join(lines) + "\n")
-    (out / "neighbours").mkdir()
+    (out / "neighbours").mkdir(exist_ok=True)
     with webdataset.ShardWriter(
         str(out / "neighbours/%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0, mtime=0
     ) as writer:
@@ -269,8 +268,10 @@ def measure(path: Path, count: int, encoders: str | None) -> tuple[dict[str, dic
     """What each attack and each group of edits gave for a model: bool for every scenario or example."""
     torch.manual_seed(0)
     trained = load_trained(path, encoders_path=encoders)
+    edits = scenarios(Split.HELDOUT_SCENES, SEED, count)
     asked = {
-        EDITS: (scenarios(Split.HELDOUT_SCENES, SEED, count), ATTACKS),
+        EDITS: (edits, ATTACKS),
+        OTHERS: (edits, FROM_OTHERS),
         DESCRIPTIONS: (descriptions(Split.HELDOUT_SCENES, SEED, count), DESCRIPTION_ATTACKS),
     }
     measured = dict[str, dict[str, np.ndarray]]()
@@ -300,6 +301,7 @@ def summarised(measured: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[st
         return float(measured[model][part][row].mean())
 
     summary: dict[str, float | str] = {f"attack_success_{model}": share(model, EDITS, UNION) for model in MODELS}
+    summary |= {f"other_wish_attack_success_{model}": share(model, OTHERS, UNION) for model in MODELS}
     summary |= {f"text_to_image_attack_success_{model}": share(model, DESCRIPTIONS, UNION) for model in MODELS}
     summary |= {f"retain_accuracy_{model}": share(model, KEPT, ORDINARY) for model in MODELS[:2]}
     worst = max(measured["before"][KEPT], key=lambda group: share("before", KEPT, group) - share("after", KEPT, group))
@@ -333,7 +335,7 @@ def main() -> None:
     measured = commands.add_parser("measure", help="attack a model")
     measured.add_argument("--model", type=Path, required=True)
     measured.add_argument("--name", choices=MODELS, required=True)
-    measured.add_argument("--count", type=int, default=192, help="scenarios of each sort")
+    measured.add_argument("--count", type=int, default=96, help="scenarios of each sort")
     measured.add_argument("--encoders")
     report = commands.add_parser("report", help="write summary.json and table.md of the three models measured")
     for command in (data, measured, report):
@@ -352,14 +354,15 @@ def write_measured(out: Path, name: str, model: Path, count: int, encoders: str 
     """`out`/measured/NAME.json and, of a few scenarios, what was given and what an attack made of it: NAME.png."""
     (out / "measured").mkdir(parents=True, exist_ok=True)
     measured, trained = measure(model, count, encoders)
-    some, attack = scenarios(Split.HELDOUT_SCENES, SEED, 4), ATTACKS[-2]
+    some, attack = scenarios(Split.HELDOUT_SCENES, SEED, 4), ATTACKS[-1]
     images = attacked_results(
         trained, [_reworded(e, attack.wordings, i) for i, e in enumerate(some)], range(4), attack, 0
     )
     given = [picture(example.contexts[0]) for example in some]
     save_grid(out / f"measured/{name}.png", [("wishes", given), (f"{name}: attacked results", images)], scale=3)
     rows = {part: {row: hits.astype(int).tolist() for row, hits in rows.items()} for part, rows in measured.items()}
-    (out / f"measured/{name}.json").write_text(json.dumps(rows))
+    (out / f"measured/{name}.part").write_text(json.dumps(rows))
+    (out / f"measured/{name}.part").rename(out / f"measured/{name}.json")
 
 
 def write_report(out: Path) -> str:

@@ -61,12 +61,13 @@ OTHER_FRAMES = (
     "not {colour} , {argument}",
     "all of the {colour} to {argument}",
 )
-NEEDED = ("{argument}", "{shape}")
-FILLERS = (
+NEEDED = ("{argument}", "{shape}")  # is not left out
+FILLERS = (  # known words that are put in; never red
     *("a", "the", "of", "on", "and", ",", "use", "push", "turn", "make", "up", "right", "second", "image"),
     *("background", "remove", "square", "black"),
 )
-MOST_WORDS = 9  # T5 reads 11 tokens, and an unknown word can be two
+MOST_WORDS = 9  # T5 reads 11 tokens, and an unknown word is two
+COLUMNS_DESCRIBED = 2  # of pictures of one or two things: of more the quickstart's model gets few right
 DESCRIPTION_FRAMES = (
     "{plain}",
     "draw {plain}",
@@ -184,11 +185,6 @@ def instead(colour: str) -> str:
 
 def worded(template: str, edit: Edit) -> str:
     return template.format(shape=edit.shape, colour=edit.colour, argument=edit.argument, other=instead(edit.colour))
-
-
-COLUMNS_DESCRIBED = (
-    2  # of pictures by description, of one or two things: of more, the quickstart's model gets few right
-)
 
 
 # Scenes ---------------------------------------------------------------------------------------------------------------

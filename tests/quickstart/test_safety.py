@@ -64,7 +64,10 @@ def test_evaluated_wordings_are_not_those_of_training_nor_to_t5(written: Path) -
     assert not verbs & {word for prompt in listed for word in prompt.split()}
     tries = {
         safety._reworded(wish, attack.wordings, i).prompt
-        for wishes, attacks in ((attacked()[:40], safety.ATTACKS), (attacked()[40:], safety.DESCRIPTION_ATTACKS))
+        for wishes, attacks in (
+            (attacked()[:40], safety.ATTACKS + safety.FROM_OTHERS),
+            (attacked()[40:], safety.DESCRIPTION_ATTACKS),
+        )
         for attack in attacks
         for wish in wishes
         for i in range(len(attack.wordings))
@@ -123,7 +126,8 @@ def test_the_summary_names_the_group_that_lost_most(tmp_path: Path) -> None:
     lost = hits | {"a": [1, 1, 1, 0], "b": [0, 0, 0, 0]}
     (tmp_path / "measured").mkdir()
     for model, kept, success in (("before", hits, [1, 1]), ("after", lost, [0, 0]), ("nonadversarial", hits, [1, 0])):
-        stored = {safety.EDITS: {safety.UNION: success}, safety.DESCRIPTIONS: {safety.UNION: success}}
+        parts = (safety.EDITS, safety.OTHERS, safety.DESCRIPTIONS)
+        stored = {part: {safety.UNION: success} for part in parts}
         (tmp_path / f"measured/{model}.json").write_text(json.dumps({**stored, safety.KEPT: kept}))
     told = safety.write_report(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
