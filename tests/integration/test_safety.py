@@ -17,6 +17,7 @@ from kontext_train.flow.config import SamplerConfig
 from kontext_train.safety.hashes import perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, save_head
 from kontext_train.sample import Blocked, SampleConfig, main, sample
+from kontext_train.train import train
 from quickstart.make_dataset import to_png
 from tests.integration.test_train import largest_difference, losses
 from tests.models.flux_cases import random_flux
@@ -109,11 +110,11 @@ def test_a_run_goes_on_with_the_list_it_began_with_wherever_that_lies(shards: Pa
     lists = tmp_path / "lists"
     shutil.copytree(base.parent, lists)
     option = f"objective.concepts={lists}/concepts.jsonl"
-    run(safety_config(shards, base, tmp_path / "run", "run.steps=1"))
+    run(safety_config(shards, base, tmp_path / "run", "run.steps=1", "schedule.name=constant"))
     run(safety_config(shards, base, tmp_path / "run", "run.steps=2", "schedule.name=constant", option))
     (lists / "a.png").write_bytes((lists / "b.png").read_bytes())
     with pytest.raises(ConfigError, match=r"objective\.concepts=.*says other than the list that .* learned from"):
-        run(safety_config(shards, base, tmp_path / "run", "run.steps=3", "schedule.name=constant", option))
+        train(safety_config(shards, base, tmp_path / "run", "run.steps=3", "schedule.name=constant", option))
 
 
 # The gate -------------------------------------------------------------------------------------------------------------
