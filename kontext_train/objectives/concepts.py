@@ -19,7 +19,7 @@ from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.objectives.concept_list import Concept
 from kontext_train.randomness import VisitRandom, generator
 
-AT_ONCE = 16  # concepts encoded in one go: on a GPU their images are of about a megapixel
+AT_ONCE = 16  # concepts whose texts are encoded in one go
 
 
 @dataclass(slots=True, eq=False)
@@ -87,13 +87,11 @@ def _encoded(
     texts = [text for c in concepts for text in (c.prompt, c.anchor or "", c.prompt if c.goal is None else c.goal)]
     txt_NLE, vec_NP = encoders.text(texts)
     assert vec_NP is not None
-    images = [[_image(file, transform).to(device) for file in concept.context] for concept in concepts]
-    flat = [image for own in images for image in own]
-    tokens = iter(image_tokens(flat, encoders.autoencoder, None, [], "") if flat else [])
     none_KC = vec_NP.new_zeros(0, 4 * encoders.autoencoder.vae.config.latent_channels)
-    for i, (concept, own) in enumerate(zip(concepts, images, strict=True)):
-        shape = _shape(concept, own, transform.multiple, txt_NLE.shape[1])
-        context_KC = torch.cat([none_KC, *(next(tokens) for _ in own)])
+    for i, concept in enumerate(concepts):
+        images = [_image(file, transform).to(device) for file in concept.context]
+        shape = _shape(concept, images, transform.multiple, txt_NLE.shape[1])
+        context_KC = torch.cat([none_KC, *(image_tokens(images, encoders.autoencoder, None, [], "") if images else [])])
         txt_3LE, vec_3P = (rows[3 * i : 3 * i + 3].cpu() for rows in (txt_NLE, vec_NP))
         yield EncodedConcept(shape, txt_3LE, vec_3P, context_KC.cpu(), concept.anchor is None)
 
