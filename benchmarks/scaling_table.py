@@ -7,15 +7,25 @@ from kontext_train.data.config import DataConfig
 from kontext_train.distributed.config import Checkpointing, ParallelConfig
 from kontext_train.estimation.config import Assumptions, ClusterConfig, Sample
 from kontext_train.estimation.estimate import Estimate, Setup, estimate, traced
-from kontext_train.estimation.memory import GIB, PartCost
+from kontext_train.estimation.memory import GIB, Heads, PartCost
 from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.simulation import Parts
-from kontext_train.models.config import EncodersConfig, FluxConfig
+from kontext_train.models.config import DiscriminatorConfig, EncodersConfig, FluxConfig
+from kontext_train.objectives.config import (
+    FlowMatchingConfig,
+    GuidanceDistillationConfig,
+    LaddConfig,
+    ObjectiveConfig,
+)
 from kontext_train.training.config import MomentDtype, OptimizerConfig
 
 TOKENS = 8704  # of a 1024² edit with one context image of 1024² and 512 text tokens
 WORLDS = (8, 64, 256, 1024)
 MOST = 16  # samples in a pack that are tried
+
+LADD = LaddConfig(
+    discriminator=DiscriminatorConfig(blocks=[3, 8, 13, 18, 26, 34, 42, 50], channels=256), gradient_penalty=1e-3
+)
 
 INTRODUCTION = """\
 # Scaling the 12B: predictions
@@ -28,13 +38,15 @@ one 1024² context image: {tokens:,} tokens and 496 TFLOP a sample. Cluster: H10
     python -m benchmarks.scaling_table > docs/scaling.md
 
 Memory is *traced*: blocks of true width run on fake tensors, and a formula puts them together. On small models it is
-within a few percent of what real gloo processes hold (`tests/estimation/test_against_measured.py`). It is that of
+within a tenth of what real gloo processes hold (`tests/estimation/test_against_measured.py`). It is that of
 uncompiled blocks, and so an upper bound for `parallel.compile=true`. Speed is a *roofline* of compiled blocks over
 these assumptions, none of which has been measured here: {assumptions}.
 Change one with `kontext-estimate assume.KEY=VALUE`.
 
 A pack fits if {reserve} GiB of an H100's 79.1 stay free, for CUDA's context, NCCL and fragmentation. The frozen
-encoders count: T5 and CLIP sharded, the autoencoder whole. With cp=2 two GPUs share a pack. Columns:
+encoders count: T5 and CLIP sharded, the autoencoder whole. With cp=2 two GPUs share a pack. LADD (as `experiment=pro`:
+eight heads of 256 channels, with a gradient penalty) and guidance distillation have a frozen teacher in bfloat16, and
+cost 8 and 5 forward passes a sample where fine-tuning costs 3. Columns:
 
 - *GiB at one*: at the peak of a step with one sample a pack;
 - *largest*: most samples of {tokens:,} tokens in a pack that fit, up to {most}; what follows is at that size;
@@ -47,6 +59,7 @@ class Row:
     parallel: dict[str, object] = field(default_factory=dict)
     ema: bool = False
     int8: bool = False
+    stage: ObjectiveConfig = field(default_factory=FlowMatchingConfig)
 
 
 class Tracer:
@@ -54,23 +67,23 @@ class Tracer:
 
     def __init__(self) -> None:
         self.model = FluxConfig(guidance_embed=True)
-        self.made: dict[tuple[Checkpointing, int, int], Parts] = {}
+        self.made: dict[tuple[Checkpointing, int, int, type], Parts] = {}
 
     def parts(self, row: Row, policy: Checkpointing, samples: int) -> Parts:
         """Traced for two and four samples; more of the same cost more in a straight line."""
         if samples == 1:
             return self.trace(row, policy, 1)
         two, four = self.trace(row, policy, 2), self.trace(row, policy, 4)
-        costs = {
-            part: PartCost(*(_line(getattr(a, f.name), getattr(b, f.name), samples) for f in fields(PartCost)))
-            for part in ("double", "single", "ends")
-            for a, b in [(getattr(two, part), getattr(four, part))]
-        }
-        return Parts(**costs, batch=_line(two.batch, four.batch, samples))
+        blocks = {part: _between(two, four, part, samples) for part in ("double", "single", "ends")}
+        heads = None
+        if two.heads is not None and four.heads is not None:
+            turns = {turn: _between(two.heads, four.heads, turn, samples) for turn in ("learn", "teach")}
+            heads = Heads(_line(two.heads.features, four.heads.features, samples), **turns)
+        return Parts(**blocks, batch=_line(two.batch, four.batch, samples), heads=heads)
 
     def trace(self, row: Row, policy: Checkpointing, samples: int) -> Parts:
         setup = self.setup(row, policy, samples)
-        key = (policy, samples, setup.parallel.cp)
+        key = (policy, samples, setup.parallel.cp, type(row.stage))
         if key not in self.made:
             self.made[key] = traced(setup)
         return self.made[key]
@@ -80,7 +93,9 @@ class Tracer:
         data = DataConfig(tokens_per_pack=samples * TOKENS)
         mix = token_mix(data, EncodersConfig(), self.model, Sample(), packs_per_step=1, seed=0)
         optimizer = OptimizerConfig(moments=MomentDtype.int8 if row.int8 else MomentDtype.float32)
-        return Setup(self.model, EncodersConfig(), optimizer, parallel, row.ema, microbatches=1, mix=mix)
+        return Setup(
+            self.model, EncodersConfig(), optimizer, parallel, row.ema, microbatches=1, mix=mix, stage=row.stage
+        )
 
     def estimate(self, row: Row, policy: Checkpointing, samples: int, world: int) -> Estimate:
         setup = self.setup(row, policy, samples)
@@ -92,6 +107,11 @@ class Tracer:
         while fitting < MOST and self.estimate(row, policy, fitting + 1, world).fits:
             fitting += 1
         return fitting
+
+
+def _between(two: Parts | Heads, four: Parts | Heads, part: str, samples: int) -> PartCost:
+    a, b = getattr(two, part), getattr(four, part)
+    return PartCost(*(_line(getattr(a, f.name), getattr(b, f.name), samples) for f in fields(PartCost)))
 
 
 def _line(at_two: int, at_four: int, samples: int) -> int:
@@ -109,6 +129,8 @@ def rows(world: int) -> Iterator[Row]:
     if world > 64:
         yield Row("HSDP, a copy on 8 nodes, EMA", {"dp_replicate": world // 64}, ema=True)
     yield Row("FSDP, cp=2, EMA", {"cp": 2}, ema=True)
+    yield Row("guidance distillation: FSDP, EMA", ema=True, stage=GuidanceDistillationConfig())
+    yield Row("LADD: FSDP, EMA", ema=True, stage=LADD)
 
 
 def table() -> Iterator[str]:

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from kontext_train.models.config import FluxConfig
+from kontext_train.models.diffusers_format import transformer_config
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
@@ -86,16 +87,7 @@ def our_step(shapes: list[SampleShape], dtype: torch.dtype, compiled: bool) -> S
 def their_step(shapes: list[SampleShape], dtype: torch.dtype, compiled: bool) -> Step:
     from diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=CONFIG.depth,
-        num_single_layers=CONFIG.depth_single_blocks,
-        attention_head_dim=CONFIG.head_dim,
-        num_attention_heads=CONFIG.num_heads,
-        joint_attention_dim=CONFIG.context_in_dim,
-        pooled_projection_dim=CONFIG.vec_in_dim,
-        axes_dims_rope=tuple(CONFIG.axes_dim),
-    )
+    model = FluxTransformer2DModel.from_config(transformer_config(CONFIG))
     model = filled(model, dtype)
     if compiled:
         model.compile_repeated_blocks(fullgraph=True)

@@ -5,8 +5,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from data_tools.command import at_least, command_parser, exit_status
 from data_tools.scanning import flat_rows
 from data_tools.shard_writing import replacing, write_shard
+from data_tools.shared_job import JobReport, share_of
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encode import Encoders, load_encoders, map_by_size
 from kontext_train.data.encoded import StoredText, describe_encoding, encoding_bytes, to_bytes
@@ -45,26 +45,6 @@ refused (docs/encoding.md). Exit status: 0 all is encoded; 1 bad samples are lef
 UNREAD = ": could not be read when its shard was encoded"
 
 
-@dataclass(slots=True)
-class EncodeReport:
-    samples: int = 0  # encoded by this process
-    shards: int = 0
-    kept: int = 0  # shards of this process that an earlier run had finished
-    bad: list[str] = field(default_factory=list)  # each with shard, key and reason
-    indexed: bool = False  # all shards of all processes are done
-
-
-def share_of(environ: Mapping[str, str]) -> tuple[int, int]:
-    """(number of this process, processes): of torchrun, of a Slurm array, or of torchrun in every task of an array."""
-    rank, ranks = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    tasks = int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))
-    step = int(environ.get("SLURM_ARRAY_TASK_STEP", 1))
-    task = (int(environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(environ.get("SLURM_ARRAY_TASK_MIN", 0))) // step
-    if not 0 <= task < tasks:
-        raise ValueError(f"task {task} of a Slurm array of {tasks}: its numbers have gaps. Use --array=0-{tasks - 1}")
-    return task * ranks + rank, tasks * ranks
-
-
 def encode_shards(
     source: Path,
     out: Path,
@@ -75,7 +55,7 @@ def encode_shards(
     share: tuple[int, int] = (0, 1),
     samples_at_once: int = 4,
     processes: int = 4,
-) -> EncodeReport:
+) -> JobReport:
     """Encodes this process's share of the shards of `source`, as far as they are not in `out` yet.
 
     Args:
@@ -100,7 +80,7 @@ def encode_shards(
     number, sharers = share
     mine = shards[number::sharers]
     todo = [(name, rows) for name, rows in mine if not (out / name).exists()]
-    report = EncodeReport(kept=len(mine) - len(todo))
+    report = JobReport(kept=len(mine) - len(todo))
     if todo:
         models = load_encoders(encoders, _device())
         if not begun:
@@ -270,11 +250,7 @@ def _run(arguments: argparse.Namespace) -> int:
         samples_at_once=arguments.samples_at_once,
         processes=arguments.processes,
     )
-    state = "indexed" if report.indexed else "other processes still have shards to finish"
-    print(f"{arguments.out}: {report.samples:,} samples in {report.shards:,} shards, {report.kept:,} kept; {state}")
-    for problem in report.bad:
-        print(f"  left out: {problem}")
-    return int(bool(report.bad))
+    return report.told(arguments.out)
 
 
 if __name__ == "__main__":

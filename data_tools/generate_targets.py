@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.command import at_least, command_parser, exit_status
-from data_tools.encode_shards import share_of
 from data_tools.scanning import flat_rows
 from data_tools.shard_writing import replacing, write_shard
+from data_tools.shared_job import JobReport, share_of
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
@@ -45,15 +45,6 @@ Exit status: 0 all is made; 1 samples that could not be read are left out, or an
 SETTINGS = "generated.json"  # in --out: how its targets were made
 
 
-@dataclass(slots=True)
-class GenerateReport:
-    samples: int = 0  # made by this process
-    shards: int = 0
-    kept: int = 0  # shards of this process that an earlier run had finished
-    bad: list[str] = field(default_factory=list)  # samples that could not be read, each with shard, key and reason
-    indexed: bool = False  # all shards of all processes are done
-
-
 def generate_targets(
     source: Path,
     out: Path,
@@ -65,7 +56,7 @@ def generate_targets(
     encoders: str | None = None,
     share: tuple[int, int] = (0, 1),
     samples_at_once: int = 4,
-) -> GenerateReport:
+) -> JobReport:
     """Makes the targets of this process's share of the shards of `source`, as far as they are not in `out` yet.
 
     Args:
@@ -89,7 +80,7 @@ def generate_targets(
     number, sharers = share
     mine = shards[number::sharers]
     todo = [(name, rows) for name, rows in mine if not (out / name).exists()]
-    report = GenerateReport(kept=len(mine) - len(todo))
+    report = JobReport(kept=len(mine) - len(todo))
     reader = SampleReader(index, trained.transform)
     with tqdm(total=sum(len(rows) for _, rows in todo), unit="sample", desc=f"process {number}", disable=None) as bar:
         for name, rows in todo:
@@ -209,11 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
         share=share_of(os.environ),
         samples_at_once=arguments.samples_at_once,
     )
-    state = "indexed" if report.indexed else "other processes still have shards to finish"
-    print(f"{arguments.out}: {report.samples:,} samples in {report.shards:,} shards, {report.kept:,} kept; {state}")
-    for problem in report.bad:
-        print(f"  left out: {problem}")
-    return int(bool(report.bad))
+    return report.told(arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, value: object, rule: str, hint: str) -> None:
         """key: dotted config key; value: what was given; rule: what must hold; hint: what to do."""
-        super().__init__(f"{key}={value!r}: {rule}. {hint}")
+        super().__init__(key, value, rule, hint)  # all of them, so that it can be pickled
         self.key = key
+
+    def __str__(self) -> str:
+        key, value, rule, hint = self.args
+        return f"{key}={value!r}: {rule}. {hint}"
 
 
 class StorageError(OSError):

@@ -1,6 +1,8 @@
 """kontext-estimate: what a training config needs and how fast it can be on a cluster, without any GPU."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import hydra
@@ -10,6 +12,7 @@ from omegaconf import DictConfig
 from kontext_train.config import TrainConfig, check_relations, register_schemas, typed
 from kontext_train.errors import ConfigError
 from kontext_train.estimation.config import GPU, Assumptions, ClusterConfig, Sample
+from kontext_train.overrides import check_overrides
 
 
 @dataclass(slots=True)
@@ -29,12 +32,25 @@ register_schemas()
 ConfigStore.instance().store(name="estimate_schema", node=EstimateConfig)
 
 
+def main() -> None:
+    with refusals_told():
+        check_overrides("estimate", sys.argv[1:])
+    composed_by_hydra()
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="estimate")
-def main(composed: DictConfig) -> None:
-    try:
+def composed_by_hydra(composed: DictConfig) -> None:
+    with refusals_told():
         config = typed(composed)
         assert isinstance(config, EstimateConfig)
         print(estimated(config))
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """As one line, and status 2."""
+    try:
+        yield
     except ConfigError as error:
         print(f"kontext-estimate: {error}", file=sys.stderr)
         sys.exit(2)

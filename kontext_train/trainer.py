@@ -197,7 +197,8 @@ class Trainer:
     def train_step(self, pixels: list[PixelBatch]) -> dict[str, Tensor]:
         """One update of every phase; returns this rank's share of the step's metrics."""
         self.at("encode")
-        batches = [encode(p, self.encoders, self.random) for p in pixels]
+        with self.health.stragglers.within("encode"):
+            batches = [encode(p, self.encoders, self.random) for p in pixels]
         metrics: dict[str, Tensor] = {}
         for phase in self.objective.phases:
             metrics |= self.train_phase(phase, batches)
@@ -213,11 +214,12 @@ class Trainer:
         self.zero_gradients()
         metrics: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        for batch in batches:
-            loss = self.objective.loss(phase, batch, self.random, self.step)
-            loss.value.backward()
-            losses.append(loss.value.detach())
-            metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
+        with self.health.stragglers.within("train"):
+            for batch in batches:
+                loss = self.objective.loss(phase, batch, self.random, self.step)
+                loss.value.backward()
+                losses.append(loss.value.detach())
+                metrics = {k: metrics.get(k, 0) + v for k, v in loss.metrics.items()}
         self.at(f"{phase} update")
         norm = optimizer.clip()
         if self.health.stability.accepts(self.step, phase, losses, norm, [batch.keys for batch in batches]):

@@ -16,7 +16,8 @@ ORDER = [
     {"training"},
     {"trainer"},
     {"evaluation", "estimation"},
-    {"config"},
+    {"config", "overrides"},
+    {"assembly"},
     {"train", "sample", "evaluate", "export", "estimate"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -22,6 +22,7 @@ from kontext_train.distributed.parallelize import parallelize
 from kontext_train.distributed.setup import World, process_group
 from kontext_train.models.attention import attention_function, usable_backend
 from kontext_train.models.config import AttentionBackend, FluxConfig
+from kontext_train.models.diffusers_format import transformer_config
 from kontext_train.models.flops import forward_flops
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning, predict_velocity
@@ -158,17 +159,7 @@ def _diffusers(
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
-            pooled_projection_dim=config.vec_in_dim,
-            guidance_embeds=False,
-            axes_dims_rope=tuple(config.axes_dim),
-        )
+        model = FluxTransformer2DModel.from_config(transformer_config(config))
     model.train()
     model.set_attention_backend(attention)
     if checkpointing:

@@ -1,12 +1,12 @@
 """From pixels (or stored latents) and prompts to latents and text tokens, on the device that trains."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kontext_train.data.batch import PackedBatch, PixelBatch
 from kontext_train.data.encoded import StoredText
@@ -26,6 +26,12 @@ class Encoders:
     autoencoder: Autoencoder
     text: TextEncoders | None  # None: every prompt comes encoded
     sample_latents: bool = True
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """What computes alone on a rank, be the encoders sharded or not."""
+        yield self.autoencoder.vae.encoder
+        if self.text is not None:
+            yield from self.text.blocks()
 
 
 def load_encoders(config: EncodersConfig, device: torch.device, *, text: bool = True) -> Encoders:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from kontext_train.distributed.setup import World
 
 ASKED_EVERY_S = 0.2
+Value = TypeVar("Value")
 
 
-def from_main(value: str | None) -> str | None:
-    """Rank 0's value, on every rank."""
+def from_main(value: Value) -> Value:
+    """Rank 0's value, on every rank. It is pickled."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]

@@ -17,6 +17,7 @@ from kontext_train.estimation.gpus import DATA_SHEETS
 from kontext_train.estimation.memory import (
     GIB,
     Group,
+    Heads,
     Memory,
     Moment,
     Network,
@@ -26,11 +27,11 @@ from kontext_train.estimation.memory import (
     held,
     largest,
     moments,
-    moments_through,
+    moments_of_heads,
 )
 from kontext_train.estimation.packs import RELEASED_PIXELS_PER_TOKEN, TokenMix
 from kontext_train.estimation.roofline import StepTime, Work, step_time
-from kontext_train.estimation.simulation import Parts, fused_attention, trace_parts
+from kontext_train.estimation.simulation import Parts, fused_attention, trace_heads, trace_parts
 from kontext_train.estimation.traffic import Collective, collectives
 from kontext_train.models.attention import AttentionFunction
 from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig, LoraConfig
@@ -87,6 +88,7 @@ class Estimate:
 
 def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     """parts: what `traced` gave for this setup."""
+    assert (parts.heads is not None) == isinstance(setup.stage, LaddConfig), "parts of another stage"
     gpu, assume, parallel = DATA_SHEETS[cluster.gpu], cluster.assume, setup.parallel
     network = network_of(setup.model, parallel, cluster.world, parts, setup.lora)
     sharding = sharding_of(setup.model, parallel, cluster.world)
@@ -94,10 +96,7 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     everything = held(in_run, parts.batch)
     base = _without_offloaded(everything) if parallel.cpu_offload else everything
     accumulating = setup.microbatches > 1
-    times = [_encoding(setup, base), *moments(base, network, sharding, accumulating)]
-    for _ in range(setup.stage.passes_through):
-        times += moments_through(base, network, sharding, accumulating)
-    peak = largest(times)
+    peak = largest([_encoding(setup, base), *moments_of_step(base, network, sharding, parts.heads, accumulating)])
     sent = (
         *collectives(network, sharding, parallel.cp, setup.microbatches, _more_gathers(setup)),
         *_optimizer_collectives(setup, network, sharding),
@@ -133,6 +132,15 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     )
 
 
+def moments_of_step(
+    base: Memory, network: Network, sharding: Sharding, heads: Heads | None, accumulating: bool
+) -> Iterator[Moment]:
+    """All turns of a step."""
+    if heads is not None:
+        yield from moments_of_heads(base, network, sharding, heads, accumulating)
+    yield from moments(base, network, sharding, accumulating)
+
+
 def _recomputed(setup: Setup, parts: Parts) -> float:
     """What a backward pass costs beyond its own products is forward again."""
     double, single = (p.backward_flops - _backward(setup, p.forward_flops, 1) for p in (parts.double, parts.single))
@@ -151,7 +159,11 @@ def _backward(setup: Setup, forward: float, blocks: int) -> float:
 
 def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:
     """Seconds of work, which does not depend on the cluster."""
-    return trace_parts(setup.model, setup.mix.largest, setup.parallel, attention, setup.mix.pad_to, setup.lora)
+    shapes, parallel = setup.mix.largest, setup.parallel
+    parts = trace_parts(setup.model, shapes, parallel, attention, setup.mix.pad_to, setup.lora)
+    if isinstance(setup.stage, LaddConfig):
+        parts = replace(parts, heads=trace_heads(setup.model, setup.stage, shapes, parallel))
+    return parts
 
 
 def with_checkpointing(setup: Setup, policy: Checkpointing) -> Setup:

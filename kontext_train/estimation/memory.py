@@ -51,6 +51,15 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """Of a discriminator on a frozen network's blocks, for one pack. Their weights are small, and not counted here."""
+
+    features: int  # bytes of what the blocks say of the pack's targets
+    learn: PartCost  # in their own turn, at made and real targets: features included, of which none has a gradient
+    teach: PartCost  # in the student's turn, at made ones: features and their gradients included
+
+
+@dataclass(frozen=True, slots=True)
 class Sharding:
     shards: int  # ranks that share one copy
     replicas: int
@@ -161,19 +170,36 @@ def moments(base: Memory, network: Network, sharding: Sharding, accumulating: bo
     yield Moment("optimizer step", base)
 
 
-def moments_through(base: Memory, network: Network, sharding: Sharding, accumulating: bool) -> Iterator[Moment]:
-    """The same for a pass through a frozen network of the same shape, while all that the student kept waits for the
-    gradient that comes out of it. Nothing is reduced and nothing stays gathered. An upper bound: a frozen network keeps
-    nothing for gradients of weights.
+def moments_of_heads(
+    base: Memory, network: Network, sharding: Sharding, heads: Heads, accumulating: bool
+) -> Iterator[Moment]:
+    """Those of a stage whose student learns from heads on a frozen network of the same shape: the heads' turn, in which
+    nobody else has gradients, then the student's pass through the heads and that network.
+    """
+    weight, last = sharding.weight_bytes, network.blocks[-1].elements
+    staying = weight * (network.ends.elements + (last if sharding.last_stays else 0))
+    peak = max(heads.learn.forward_peak, heads.learn.backward_peak)
+    yield Moment("heads", replace(base, gradients=0.0, gathered=staying, activations=peak))
+    yield from moments_through(base, network, sharding, heads, accumulating)
+
+
+def moments_through(
+    base: Memory, network: Network, sharding: Sharding, heads: Heads, accumulating: bool
+) -> Iterator[Moment]:
+    """The same as `moments` for a pass through a frozen network, while all that the student kept waits for the gradient
+    that comes out of it. Nothing is reduced and nothing stays gathered. An upper bound: a frozen network keeps nothing
+    for gradients of weights, and has all features, or gradients of them, only at its last block.
     """
     waiting = float(network.ends.cost.kept + sum(block.cost.kept for block in network.blocks))
     before = replace(base, gradients=base.gradients if accumulating else 0.0)
     frozen = replace(sharding, last_stays=False, all_stay=False)
     for moment in moments(before, network, frozen, accumulating=True):
-        memory = moment.memory
-        if moment.name.startswith(("forward", "backward", "loss")):
-            memory = replace(memory, reducing=0.0, activations=memory.activations + waiting)
-            yield Moment(f"teacher: {moment.name}", memory)
+        if moment.name.startswith(("forward", "backward")):
+            activations = moment.memory.activations + waiting + heads.features
+            yield Moment(f"teacher: {moment.name}", replace(moment.memory, reducing=0.0, activations=activations))
+    peak = max(heads.teach.forward_peak, heads.teach.backward_peak)
+    gathered = sharding.weight_bytes * network.ends.elements
+    yield Moment("teacher: heads", replace(before, gathered=gathered, activations=2 * waiting + peak))
 
 
 def largest(moments: Iterable[Moment]) -> Moment:

@@ -67,7 +67,7 @@ def _table(
     names = [f"[{c.value}]" if c is policy else c.value for c in columns]
     yield f"{title:36}" + "".join(f"{name:>20}" for name in names)
     for label, values, source in rows:
-        yield f"  {label:34}" + "".join(f"{value:>20}" for value in values) + f"   {source}"
+        yield f"  {label:34}" + "".join(f" {value:>19}" for value in values) + f"   {source}"
 
 
 def _memory(

@@ -31,15 +31,19 @@ from kontext_train.distributed.config import Float8, ParallelConfig
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
 from kontext_train.distributed.parallelize import parallelize
 from kontext_train.distributed.setup import forget_meshes
-from kontext_train.estimation.memory import PartCost
+from kontext_train.estimation.memory import Heads, PartCost
+from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.attention import AttentionFunction
 from kontext_train.models.config import FluxConfig, LoraConfig, lora_targets
+from kontext_train.models.discriminator import Discriminator
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning
 from kontext_train.models.layers import rope
 from kontext_train.models.lora import FrozenLinear, exchange_linears
 from kontext_train.models.sequence import LayoutPart, SampleShape, SequenceLayout, build_layout
+from kontext_train.objectives.config import LaddConfig
 from kontext_train.objectives.flow_matching import velocity_error
+from kontext_train.objectives.ladd import Ladd
 from kontext_train.training.config import OptimizerConfig
 from kontext_train.training.optimizer import PhaseOptimizer
 
@@ -59,6 +63,7 @@ class Parts:
     single: PartCost
     ends: PartCost  # embedders, modulation vector, rotary angles, last layer, loss
     batch: int  # bytes of what the encoders gave
+    heads: Heads | None = None  # of a stage that trains a discriminator
 
 
 _EXCHANGES = (torch.ops.kontext_train.all_to_all_tokens, torch.ops.kontext_train.all_to_all_heads)
@@ -177,6 +182,31 @@ def trace_parts(
             ends=_cost(lambda: (_loss(network, batch),), formulas),
             batch=_batch_bytes(batch),
         )
+
+
+def trace_heads(model: FluxConfig, stage: LaddConfig, shapes: Sequence[SampleShape], parallel: ParallelConfig) -> Heads:
+    """Cost of all heads of a stage's discriminator together for one pack, in param_dtype."""
+    with FakeTensorMode() as fake:
+        layout, _ = _faked(fake, build_layout(shapes), None)
+        dtype = getattr(torch, parallel.param_dtype.value)
+        with torch.device("meta"):
+            teacher = Flux(model)
+        blocks = stage.discriminator.blocks_of(model)
+        with _default_dtype(dtype):
+            heads = Discriminator(len(blocks), model.hidden_size, stage.discriminator.channels, model.vec_in_dim)
+        ladd = Ladd(stage, nn.Identity(), teacher, heads, ShiftConfig(), None)
+        batch, t_S = _fake_batch(model, layout), torch.rand(len(shapes))
+        size = (layout.targets, model.hidden_size)
+        said = [torch.zeros(size, dtype=dtype, requires_grad=True) for _ in blocks]
+
+        def learn() -> tuple[Tensor, ...]:
+            views = 3 if stage.gradient_penalty else 2
+            return tuple(ladd.judge([[s.detach().clone() for s in said] for _ in range(views)], t_S, batch))
+
+        def teach() -> tuple[Tensor, ...]:
+            return tuple(ladd.judge([[s.clone() for s in said]], t_S, batch))
+
+        return Heads(sum(s.nbytes for s in said), learn=_cost(learn, {}), teach=_cost(teach, {}))
 
 
 def _adapt_as_gathered(network: Flux, lora: LoraConfig, model: FluxConfig) -> None:

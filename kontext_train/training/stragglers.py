@@ -4,13 +4,16 @@ Ranks that train together wait for one another, so the time from step to step is
 them apart is the time each takes for what it does alone:
 
     data      waiting for its own readers
-    train     the forward passes of its blocks, from gathered weights to output: no collective but context parallel's
+    encode    the passes of the frozen encoders' blocks
+    train     the forward and backward passes of all networks' blocks
     update    its own optimizer step (Muon's has an exchange in it)
     save      its part in saving; where a save waits for other ranks, their time is in it
 
-Encoding is not timed: sharded encoders wait for one another. Nor is the backward pass, in which gradients are summed.
+A block's pass is timed from gathered weights to output, and back from the output's gradient (with weights gathered
+again) to those of its inputs, before its own are summed over ranks. So nothing in it waits, but for the ranks that
+share a sequence (context parallel).
 
-On a GPU, train and update are timed by events, read at a log step only.
+On a GPU, encode, train and update are timed by events, read at a log step only.
 """
 
 import sys
@@ -19,17 +22,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kontext_train.distributed.parallelize import HasBlocks
 from kontext_train.distributed.reduce import gather_over_ranks
 from kontext_train.distributed.setup import World
 
-PARTS = ("data", "train", "update", "save")
-ON_DEVICE = ("train", "update")
+PARTS = ("data", "encode", "train", "update", "save")
+ON_DEVICE = ("encode", "train", "update")
 PERSISTENT = 3  # log steps in a row
 NOTICEABLE = 0.02  # of the time between log steps: what costs less slows nobody down
 
@@ -37,19 +40,22 @@ Mark = float | torch.cuda.Event
 
 
 class Stragglers:
-    def __init__(self, factor: float, world: World, models: Iterable[nn.Module]) -> None:
-        """factor: times the median that is slow; 0 measures nothing. models: those that train."""
+    def __init__(self, factor: float, world: World, models: Iterable[HasBlocks]) -> None:
+        """factor: times the median that is slow; 0 measures nothing. models: all that encode and train."""
         self.factor, self.world = factor, world
         self.measures = factor > 0 and world.size > 1
         self.sums = dict.fromkeys(PARTS, 0.0)  # seconds since the last log step
         self.spans: deque[tuple[str, Mark, Mark]] = deque()  # those not in the sums yet
+        self.part: str | None = None  # that blocks which run now belong to; None in validation
         self.entered: Mark = 0.0  # the block that runs
         self.slow_for: dict[tuple[str, int], int] = defaultdict(int)  # log steps in a row, by part and rank
         self.since = time.perf_counter()
-        for block in (b for model in models if self.measures for b in cast(HasBlocks, model).blocks()):
-            # FSDP's hooks are outside of these: weights are there before the first and freed after the second.
+        for block in (b for model in models if self.measures for b in model.blocks()):
+            # FSDP's hooks are outside of the first two: weights are there before the one and freed after the other.
+            # Its hook on the output is there before the third, so that it has gathered them again in backward.
             block.register_forward_pre_hook(self._enter)
             block.register_forward_hook(self._leave, prepend=True)
+            block.register_forward_hook(self._follow_back)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -61,13 +67,39 @@ class Stragglers:
         self._note(part, started)
         self._fold(lambda ended: isinstance(ended, float) or ended.query())
 
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """Times the passes of blocks inside, and nothing else."""
+        self.part = part
+        try:
+            yield
+        finally:
+            self.part = None
+
     def _enter(self, block: nn.Module, inputs: Any) -> None:
-        if torch.is_grad_enabled():  # not in validation
-            self.entered = self._mark("train")
+        if self.part is not None:
+            self.entered = self._mark(self.part)
 
     def _leave(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
-            self._note("train", self.entered)
+        if self.part is not None:
+            self._note(self.part, self.entered)
+
+    def _follow_back(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        part, begun = self.part, list[Mark]()
+        if part is None or not torch.is_grad_enabled():
+            return
+
+        def begin(gradient: Tensor) -> None:
+            if not begun:  # the first of its outputs
+                begun.append(self._mark(part))
+
+        def end(gradient: Tensor) -> None:
+            self._note(part, begun[0])
+
+        for tensor in _with_gradients(output if isinstance(output, tuple) else (output,)):
+            tensor.register_hook(begin)
+        for tensor in _with_gradients(inputs)[:1]:  # one stands for all: FSDP has made them outputs of one node
+            tensor.register_hook(end)
 
     def _mark(self, part: str) -> Mark:
         if part not in ON_DEVICE or self.world.device.type != "cuda":
@@ -119,6 +151,10 @@ class Stragglers:
                 f"ranks is {middle:.3g} s, and so for {PERSISTENT} log steps (health.straggler_factor={self.factor:g})",
                 file=sys.stderr,
             )
+
+
+def _with_gradients(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
 def _waited_for(mark: Mark) -> bool:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -13,6 +12,7 @@ from kontext_train.config import check, check_weights, with_absolute_paths
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
 from kontext_train.objectives.config import SafetyConfig
+from kontext_train.overrides import check_overrides
 from kontext_train.sample import main as sample_main
 from kontext_train.sample import parse
 from kontext_train.train import sweep_member, train
@@ -43,16 +43,37 @@ def test_help_and_config_answer_without_anything_heavy(arguments: list[str]) -> 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.stepz=3", "Key 'stepz' not in 'RunConfig'"),
-        ("optimizer.lr=fast", "full_key: optimizer.lr"),
-        ("objective.name=flow", "Key 'name' not in 'FlowMatchingConfig'"),
-        ("optimizer.name=adam", "full_key: optimizer.name"),
+        ("run.stepz=3", r"run\.stepz='3': stepz is no option\. Known here: allow_changes, .* Did you mean steps\?$"),
+        ("optimiser.lr=1", r"optimiser\.lr='1': optimiser is no option\. Known here: .* Did you mean optimizer\?$"),
+        ("objective.zzz=1", r"objective\.zzz='1': zzz is no option\. Known here: guidance\. Check the spelling$"),
+        ("optimizer.lr=fast", r"optimizer\.lr='fast': Value 'fast' of type 'str' could not be converted to Float\. "),
+        ("optimizer.name=adam", r"optimizer\.name='adam': Invalid value 'adam', expected one of \[adamw, muon\]\. "),
+        ("model=tinyy", r"model='tinyy': is none of flux_12b, tiny\. Did you mean tiny\?$"),
+        (
+            "data.sources.a.path=b",
+            r"\.a\.path='b': a is not there yet\. To add it: \+data\.sources\.a\.path=b$",
+        ),
+        ("optimizer.lr", r"argument='optimizer\.lr': .*\. It must be key=value; "),
+        ("run.dir=a=b", r"argument='run\.dir=a=b': .*; quote a value that has = , "),
+        ("optimizer.lr=1,2", r"arguments='optimizer\.lr=1,2': .* add --multirun to your command line\. "),
+        ("~optimizer.lr", r"optimizer\.lr=None: .* does not support deletion\. "),
     ],
 )
-def test_unknown_keys_and_wrong_types_are_refused_by_key(override: str, message: str) -> None:
-    with pytest.raises(ConfigCompositionException) as refused:
-        compose_config(override)
-    assert message in f"{refused.value} {refused.value.__cause__}"
+def test_what_hydra_refuses_is_told_by_key_and_with_what_to_do(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_overrides("train", [override])
+    check_overrides("train", ["optimizer.lr=1e-4"])
+    check_overrides("train", ["-m", override])  # Hydra's own business
+
+
+@pytest.mark.parametrize("entry", ["train", "estimate"])
+def test_a_typo_is_one_line_and_status_2(entry: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"kontext_train.{entry}", "run.stepz=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"kontext-{entry}: run.stepz='3': stepz is no option. ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from webdataset import ShardWriter
 
 from data_tools import encode_shards as tool
 from data_tools.check_shards import check_shards
-from data_tools.encode_shards import encode_shards, share_of
+from data_tools.encode_shards import encode_shards
 from data_tools.filter_shards import filter_shards
+from data_tools.shared_job import JobReport, share_of
 from kontext_train.data import encoded as encoded_module
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encoded import to_bytes
@@ -61,7 +62,7 @@ def source(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encode(source: Path, out: Path, t5: bool = True, **options: object) -> tool.EncodeReport:
+def encode(source: Path, out: Path, t5: bool = True, **options: object) -> JobReport:
     settings: dict[str, object] = {"encoders": encoders_config(), "data": DATA, "processes": 0} | options
     return encode_shards(source, out, t5=t5, **settings)  # type: ignore[arg-type]
 

@@ -2,31 +2,48 @@
 
 import weakref
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kontext_train.data.batch import PackedBatch
 from kontext_train.distributed.config import Checkpointing
 from kontext_train.distributed.context_parallel import split_sequence, ulysses
 from kontext_train.distributed.parallelize import parallelize
 from kontext_train.distributed.setup import process_group
-from kontext_train.estimation.estimate import Setup, with_checkpointing
+from kontext_train.estimation.estimate import (
+    Setup,
+    moments_of_step,
+    network_of,
+    roles,
+    sharding_of,
+    traced,
+    with_checkpointing,
+)
+from kontext_train.estimation.memory import Heads, PartCost, held, largest
+from kontext_train.flow.config import ShiftConfig
 from kontext_train.models.attention import cpu_attention
-from kontext_train.models.config import BaseDtype, LoraConfig
+from kontext_train.models.config import BaseDtype, DiscriminatorConfig, LoraConfig
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.lora import adapt
 from kontext_train.models.sequence import SampleShape
 from kontext_train.models.weights import initialise, initialise_adapters
+from kontext_train.objectives.config import LaddConfig
+from kontext_train.objectives.ladd import Ladd
+from kontext_train.randomness import VisitRandom
 from kontext_train.training.ema import EMA
+from kontext_train.training.networks import frozen_network, new_discriminator
 from kontext_train.training.optimizer import PhaseOptimizer
 from tests.estimation.cases import MODEL, PACK, estimated_peak, setup
 from tests.models.flux_cases import pack, random_sample
@@ -132,3 +149,68 @@ def test_estimated_memory_of_lora_is_within_a_tenth(ranks: int, base: BaseDtype)
     measured = peaks.get()
     assert 0.9 < estimated_peak(case, ranks, cpu_attention) / measured < 1.1
     assert estimated_peak(replace(case, lora=LoraConfig()), ranks, cpu_attention) > 1.5 * measured
+
+
+def measure_ladd(case: Setup, teacher: Path, peaks: Any) -> None:
+    """The same of a student and of heads on a frozen teacher; rank 0 tells the peak of each turn of the second step."""
+    assert isinstance(case.stage, LaddConfig)
+    model, stage, parallel = case.model, case.stage, case.parallel
+    torch.manual_seed(0)
+    with process_group(parallel) as world:
+        with torch.device("meta"):
+            student = Flux(model, cpu_attention)
+        parallelize(student, world.mesh, parallel)
+        student.to_empty(device="cpu")
+        initialise(student, model.init, seed=0)
+        frozen = frozen_network("teacher", str(teacher), model, parallel, case.frozen_dtype, cpu_attention, world, None)
+        heads = new_discriminator(stage.discriminator, model, parallel, world, seed=0)
+        ladd = Ladd(stage, student, frozen, heads, ShiftConfig(), student_guidance=1.0)
+        turns = {"student": case.optimizer, "discriminator": case.heads}
+        optimizers = {phase: PhaseOptimizer(ladd.modules[phase], turns[phase], seed=0) for phase in ladd.phases}
+        samples = len(case.mix.largest)
+        x_MC, _, cond = pack([random_sample(shape, model) for shape in case.mix.largest], guidance=True)
+        batch = PackedBatch(x_MC, cond, list(range(samples)), torch.ones(samples) / samples, [""] * samples)
+        random = VisitRandom(0, world.device)
+
+        def turn(phase: str) -> None:
+            for optimizer in optimizers.values():
+                optimizer.zero()
+            ladd.loss(phase, batch, random, 0).value.backward()
+            optimizers[phase].clip()
+            optimizers[phase].step(lr_factor=1.0)
+
+        for phase in ladd.phases:
+            turn(phase)
+        states = [dict(s) for turn in optimizers.values() for o in turn.optimizers for s in o.state.values()]
+        weights = [list(module.parameters()) for module in (student, frozen, heads)]
+        held = [*weights, states, x_MC, vars(cond.layout), cond.txt_TE, cond.vec_SP, cond.context_KC]
+        measured = {}
+        for phase in ladd.phases:
+            for optimizer in optimizers.values():
+                optimizer.zero()
+            with LiveBytes(held) if world.is_main else nullcontext() as live:
+                turn(phase)
+            measured[phase] = live.peak if live is not None else 0
+        if world.is_main:
+            peaks.put(measured)
+
+
+def test_estimated_memory_of_each_turn_of_ladd_is_within_a_tenth(tmp_path: Path) -> None:
+    """Of the heads' own, and of the student's pass through them and the teacher; what heads keep is a good part."""
+    stage = LaddConfig(discriminator=DiscriminatorConfig(channels=32))
+    case = replace(setup(MANY_BLOCKS, LONG, activation_checkpointing=Checkpointing.selective), stage=stage)
+    save_file(Flux(case.model).state_dict(), tmp_path / "teacher.safetensors")
+    peaks = get_context("fork").SimpleQueue()
+    in_processes(2, measure_ladd, case, tmp_path / "teacher.safetensors", peaks)
+    measured = peaks.get()
+    parts = traced(case, cpu_attention)
+    network = network_of(case.model, case.parallel, 2, parts)
+    sharding = sharding_of(case.model, case.parallel, 2)
+    base = held(roles(case, network, sharding)[:3], parts.batch)
+    nothing = PartCost(**dict.fromkeys((f.name for f in fields(PartCost)), 0))
+    for heads, least, most in ((parts.heads, 0.9, 1.1), (Heads(0, nothing, nothing), 0.0, 0.85)):
+        assert heads is not None
+        own, *others = moments_of_step(base, network, sharding, heads, accumulating=False)
+        assert own.name == "heads"
+        assert least < own.memory.total / measured["discriminator"] < most
+        assert least < largest(others).memory.total / measured["student"] < most

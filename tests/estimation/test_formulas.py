@@ -17,7 +17,7 @@ from kontext_train.estimation import encoders as released
 from kontext_train.estimation.config import GPU, Assumptions, ClusterConfig, Sample
 from kontext_train.estimation.estimate import estimate, network_of, roles, sharding_of, traced
 from kontext_train.estimation.gpus import DATA_SHEETS
-from kontext_train.estimation.memory import held, largest, moments, moments_through
+from kontext_train.estimation.memory import held, largest, moments, moments_of_heads
 from kontext_train.estimation.packs import token_mix
 from kontext_train.estimation.roofline import Work, step_time
 from kontext_train.estimation.simulation import Meter
@@ -62,22 +62,27 @@ def test_ladd_adds_a_teacher_its_activations_its_gathers_and_heads() -> None:
     """What the student kept waits while as much again is kept for the way through the teacher."""
     plain = setup()
     ladd = replace(plain, stage=LaddConfig())
-    cluster, parts = ClusterConfig(world=4), traced(plain)
+    cluster, parts = ClusterConfig(world=4), traced(ladd)
+    assert parts.heads is not None
     network = network_of(plain.model, plain.parallel, cluster.world, parts)
     sharding = sharding_of(plain.model, plain.parallel, cluster.world)
     base = held(roles(plain, network, sharding), 0.0)
     alone = largest(m for m in moments(base, network, sharding, False) if not m.name.startswith("reducing"))
-    through = largest(moments_through(base, network, sharding, False))
+    of_blocks = [
+        moment
+        for moment in moments_of_heads(base, network, sharding, parts.heads, False)
+        if moment.name.startswith(("teacher: forward", "teacher: backward"))
+    ]
     kept = network.ends.cost.kept + sum(block.cost.kept for block in network.blocks)
-    assert through.name.startswith("teacher: ")
-    assert kept < through.memory.activations <= alone.memory.activations + kept
+    activations = largest(of_blocks).memory.activations - parts.heads.features
+    assert kept < activations <= alone.memory.activations + kept
 
     names = [{role.name for role in roles(case, network, sharding)} for case in (plain, ladd)]
     assert names[1] - names[0] == {"teacher", "discriminator"}
     frozen = held(roles(ladd, network, sharding), 0.0).frozen - base.frozen
     assert frozen == pytest.approx(2 * network.elements / 4)
     gathers = {c.kind: c.whole for c in estimate(ladd, cluster, parts).collectives}["all-gather"]
-    before = {c.kind: c.whole for c in estimate(plain, cluster, parts).collectives}["all-gather"]
+    before = {c.kind: c.whole for c in estimate(plain, cluster, replace(parts, heads=None)).collectives}["all-gather"]
     assert gathers - before == pytest.approx(
         5 * sharding.wire_bytes * network.elements
     )  # 3 forward, 2 of there and back

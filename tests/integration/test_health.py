@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
+from transformers.models.t5.modeling_t5 import T5Block
 
 from kontext_train.config import TrainConfig
 from kontext_train.data import loader
@@ -25,6 +27,7 @@ from kontext_train.train import train
 from kontext_train.trainer import Trainer
 from kontext_train.training import checkpoint
 from kontext_train.training.metrics import read_metrics
+from kontext_train.training.optimizer import PhaseOptimizer
 from kontext_train.training.stability import Stability, Unstable
 from tests.integration.test_train import largest_difference, losses, weights
 from tests.runs import broken_copy, in_processes, run, small_config
@@ -232,38 +235,82 @@ def test_a_rollback_that_fails_hides_no_cause(shards: Path, tmp_path: Path, monk
     assert any("no rollback: run.resume='auto': step_00000002 is damaged" in note for note in stopped.value.__notes__)
 
 
-def slow_ranks(config: TrainConfig) -> None:
-    """Rank 1 takes its time in a block, rank 0 for its data."""
-    rank, forward, train_batches = int(os.environ["RANK"]), SingleStreamBlock.forward, loader.train_batches
+def sleeps_before(rank: int, owner: Any, name: str) -> None:
+    """One rank's calls of a method take their time."""
+    if int(os.environ["RANK"]) == rank:
+        made = getattr(owner, name)
 
-    def slow_forward(self: SingleStreamBlock, *inputs: Any) -> Any:
-        time.sleep(0.3 * rank)
-        return forward(self, *inputs)
+        def method(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.4)
+            return made(*arguments, **options)
+
+        setattr(owner, name, method)
+
+
+class SleepsBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.4)
+        return gradient
+
+
+def slow_ranks(config: TrainConfig, slow: dict[str, int]) -> None:
+    """slow: which rank takes its time, by what for. A rank that waits for it must not be taken for it."""
+    train_batches, forward = loader.train_batches, SingleStreamBlock.forward
 
     def slow_batches(*arguments: Any, **options: Any) -> Any:
         for batch in train_batches(*arguments, **options):
-            time.sleep(0.3 * (1 - rank))
+            time.sleep(0.4)
             yield batch
 
-    SingleStreamBlock.forward = slow_forward  # type: ignore[method-assign]
-    loader.train_batches = slow_batches
+    for what, rank in slow.items():
+        match what:
+            case "data" if rank == int(os.environ["RANK"]):
+                loader.train_batches = slow_batches
+            case "autoencoder":
+                sleeps_before(rank, Encoder, "forward")
+            case "text encoder":  # sharded: the ranks gather every block's weights together
+                sleeps_before(rank, T5Block, "forward")
+            case "forward":
+                sleeps_before(rank, SingleStreamBlock, "forward")
+            case "backward" if rank == int(os.environ["RANK"]):
+                SingleStreamBlock.forward = lambda *inputs: SleepsBack.apply(forward(*inputs))  # type: ignore[method-assign]
+            case "update":
+                sleeps_before(rank, PhaseOptimizer, "step")
     train(config)
 
 
+@pytest.mark.parametrize(
+    ("slow", "named"),
+    [
+        ({"data": 0, "forward": 1}, {"data": 0, "train": 1}),
+        ({"autoencoder": 1, "backward": 0}, {"encode": 1, "train": 0}),
+        ({"text encoder": 0, "update": 1}, {"encode": 0, "update": 1}),
+    ],
+    ids=lambda value: "-".join(value),
+)
 def test_a_slow_rank_is_named_with_what_it_is_slow_at(
-    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], slow: dict[str, int], named: dict[str, int]
 ) -> None:
     """The ranks wait for each other in every block, so that a step takes the same time on both."""
-    options = ("run.steps=4", "health.straggler_factor=1.75")  # of the mean of two: seven times the other
-    in_processes(2, slow_ranks, small_config(shards, tmp_path / "slow", *options))
+    options = ("run.steps=6", "health.straggler_factor=1.5")  # of the mean of two: three times the other
+    in_processes(2, slow_ranks, small_config(shards, tmp_path, *options), slow)
     told = capfd.readouterr().err
-    assert told.count("kontext-train: rank 0 is slow at data: ") == 1
-    assert told.count("kontext-train: rank 1 is slow at train: ") == 1
-    last = [r for r in read_metrics(tmp_path / "slow" / "metrics.jsonl") if "loss" in r][-1]
-    for part, rank in (("data", 0), ("train", 1)):
+    last = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r][-1]
+    for part, rank in named.items():
+        assert f"kontext-train: rank {rank} is slow at {part}: " in told
+        assert f"rank {1 - rank} is slow at {part}: " not in told
         assert last[f"straggler/{part}/rank"] == rank
-        assert last[f"straggler/{part}/seconds"] > 0.3 > last[f"straggler/{part}/median"] - 0.15 > 0
-    run(small_config(shards, tmp_path / "control", *options), processes=2)
+        assert last[f"straggler/{part}/seconds"] > 0.4
+
+
+def test_ranks_that_are_alike_are_not_named(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("run.steps=4", "health.straggler_factor=1.75")  # seven times the other
+    run(small_config(shards, tmp_path / "on", *options), processes=2)
     assert "is slow at" not in capfd.readouterr().err
     run(small_config(shards, tmp_path / "off", "run.steps=1", "health.straggler_factor=0"), processes=2)
     assert not any("straggler" in key for r in read_metrics(tmp_path / "off" / "metrics.jsonl") for key in r)

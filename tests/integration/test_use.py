@@ -203,7 +203,7 @@ def test_a_signal_while_it_loads_is_not_lost(shards: Path, tmp_path: Path, monke
         os.kill(os.getpid(), signal.SIGTERM)
         return load_encoders(*arguments, **options)
 
-    monkeypatch.setattr("kontext_train.data.encode.load_encoders", signalled)
+    monkeypatch.setattr("kontext_train.assembly.load_encoders", signalled)
     with pytest.raises(SystemExit, match="75"):
         train(small_config(shards, tmp_path))
     assert resolve(tmp_path).name == "step_00000001"
@@ -223,7 +223,7 @@ def test_a_run_folder_is_all_that_a_resume_needs(trained_run: Path, tmp_path: Pa
     assert f"going on from {folder}/checkpoints/step_00000030" in done.stderr
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 33))
     assert of(folder) == replace(of(trained_run, "run.steps=32"), run=of(folder).run)
-    with pytest.raises(ConfigError, match=r"--resume-run='.*': Could not override 'run.stepz'"):
+    with pytest.raises(ConfigError, match=r"run\.stepz='.*': stepz is no option\. Known here: .* Did you mean steps\?"):
         of(folder, "run.stepz=3")
     with pytest.raises(ConfigError, match=r"--resume-run='/nowhere': must be a folder that kontext-train wrote"):
         of(Path("/nowhere"))

@@ -45,8 +45,8 @@ def reported(tables: list[list[list[float]]], monkeypatch: pytest.MonkeyPatch) -
     return [watched.metrics() for _ in tables]
 
 
-EVEN = [[0.1, 0.5, 0.05, 0.0]] * 3
-SLOW = [*EVEN[:2], [0.1, 0.8, 0.05, 0.0]]  # rank 2 at train
+EVEN = [[0.1, 0.2, 0.5, 0.05, 0.0]] * 3
+SLOW = [*EVEN[:2], [0.1, 0.2, 0.8, 0.05, 0.0]]  # rank 2 at train
 
 
 def test_a_rank_is_named_once_it_is_slow_at_several_log_steps_in_a_row(
@@ -63,9 +63,9 @@ def test_a_rank_that_recovers_or_loses_little_is_not_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reported([*[SLOW] * (PERSISTENT - 1), EVEN, *[SLOW] * (PERSISTENT - 1)], monkeypatch)
-    little = [*EVEN[:2], [0.1, 0.5, 0.065, 0.0]]  # 1.3 times at update
+    little = [*EVEN[:2], [0.1, 0.2, 0.5, 0.065, 0.0]]  # 1.3 times at update
     reported([little] * 5, monkeypatch)
-    brief = [[0.001, 0.5, 0.05, 0.0], [0.001, 0.5, 0.05, 0.0], [0.011, 0.5, 0.05, 0.0]]  # 11 times, but 10 ms
+    brief = [[first, 0.2, 0.5, 0.05, 0.0] for first in (0.001, 0.001, 0.011)]  # 11 times, but 10 ms
     reported([brief] * 5, monkeypatch)
     assert capsys.readouterr().err == ""
 
