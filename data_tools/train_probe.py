@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from PIL import Image
 
 from data_tools.command import at_least, command_parser, exit_status
 from data_tools.expression import parse_clauses
@@ -16,7 +18,7 @@ from data_tools.filter_shards import sample_values
 from data_tools.scanning import flat_rows, scan
 from data_tools.shard_writing import replacing
 from kontext_train.data.index import ShardIndex
-from kontext_train.data.shard import Problem
+from kontext_train.data.shard import Problem, Span
 
 _EXAMPLES = """examples:
   python -m data_tools.train_probe /data/labelled --clip CLIP --on target --labels "json.unsafe == 1" --out image.probe
@@ -93,7 +95,15 @@ def _contents(folder: Path, on: str) -> Iterator[tuple[dict[str, Any], Any]]:
                     yield values, values["prompt"]
                 else:
                     spans = [sample.target] if on == "target" else sample.contexts
-                    yield from ((values, decoded(file, span)) for span in spans)
+                    yield from ((values, _image(file, span, f"{name}: {sample.key}", on)) for span in spans)
+
+
+def _image(file: IO[bytes], span: Span, where: str, on: str) -> Image.Image:
+    try:
+        return decoded(file, span)
+    except Exception as error:  # Pillow raises a dozen kinds on bad bytes
+        hint = "python -m data_tools.check_shards finds all such; filter_shards --drop-list leaves them out"
+        raise ValueError(f"{where}: its {on} image cannot be decoded ({type(error).__name__}). {hint}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from kontext_train.models.lora import adapt, base_digest
 from kontext_train.models.weights import initialise, initialise_adapters, load
 from kontext_train.objectives.base import Objective
 from kontext_train.objectives.build import build_objective
-from kontext_train.objectives.concept_list import read_concepts
+from kontext_train.objectives.concept_list import concepts_digest, read_concepts
 from kontext_train.objectives.concepts import encode_concepts
 from kontext_train.objectives.config import LaddConfig, SafetyConfig
 from kontext_train.trainer import Trainer
@@ -94,6 +94,8 @@ def record_of(config: TrainConfig, planner: Planner) -> dict[str, Any]:
     if config.objective.frozen:  # nor do they hold these
         paths = {role: getattr(config.weights, role) for role in config.objective.frozen}
         record["frozen"] = {role: base_digest(path, f"weights.{role}") for role, path in paths.items()}
+    if isinstance(config.objective, SafetyConfig):  # nor the list
+        record["concepts"] = concepts_digest(read_concepts(config.objective.concepts))
     return record
 
 

@@ -169,12 +169,16 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
     import torch
 
     from kontext_train.safety.judge import Judge, Subject
-    from kontext_train.safety.rules import read_rules
+    from kontext_train.safety.rules import Policy, read_rules
 
     judge = Judge(read_rules(path, "gate"), torch.device("cuda" if torch.cuda.is_available() else "cpu"), "gate")
     if not judge.rules:
         rule = "has no rule that applies here: those on metadata look at shards alone"
         raise ConfigError("gate", path, rule, "Give one with rules on prompts or images: docs/safety.md")
+    if all(rule.policy is Policy.report for rule in judge.rules):
+        raise ConfigError(
+            "gate", path, "blocks nothing: its rules here only report", "Give one with drop or quarantine"
+        )
 
     def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
         (verdict,) = judge.judge([Subject(prompt, images)])

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Recolouring to a red circle is suppressed in the quickstart's model, with and without an adversary in training, and
-# then attacked: outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
+# Red circles are suppressed in the quickstart's model, with and without an adversary in training, and the models are
+# attacked: outputs/safety/summary.json and table.md. It can be interrupted and run again. Page: docs/safety.md.
 #   RUN     the model to start from (default: the quickstart's, which is trained first if it is not there)
 #   SHARDS  ordinary samples (default: the quickstart's)
-#   SCENARIOS  how many are attacked (default: 192)
+#   SCENARIOS  how many of each sort are attacked (default: 96)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/safety} RUN=${RUN:-outputs/quickstart/run} SHARDS=${SHARDS:-outputs/quickstart/shards/train}
@@ -15,24 +15,33 @@ STARTED=$SECONDS
 say() { printf '\n[%3d s] %s\n' $((SECONDS - STARTED)) "$*"; }
 
 mkdir -p "$OUT"
-say "the model as it is, and wishes for red circles with what is to be made instead"
+say "the model as it is, wishes for red circles with what is to be made instead, and what is near to them"
 [ -e "$OUT/base.safetensors" ] ||
   python -m kontext_train.export checkpoint="$RUN" out="$OUT/base.safetensors" dtype=float32
-[ -e "$OUT/policy.yaml" ] || python -m quickstart.safety concepts --out "$OUT"
+[ -e "$OUT/neighbours/index.arrow" ] ||
+  { python -m quickstart.safety data --out "$OUT" && python -m data_tools.index_shards "$OUT/neighbours"; }
 
-say "ordinary samples, without those that ask for a red circle: $OUT/shards"
-[ -e "$OUT/shards" ] || python -m data_tools.filter_safety "$SHARDS" --rules "$OUT/policy.yaml" --out "$OUT/shards"
+say "ordinary samples, and neighbours, without those that ask for a red circle: $OUT/ordinary, $OUT/beside"
+filter() { [ -e "$2" ] || python -m data_tools.filter_safety "$1" --rules "$OUT/policy.yaml" --out "$2"; }
+filter "$SHARDS" "$OUT/ordinary"
+filter "$OUT/neighbours" "$OUT/beside"
 
 train() { # name, then options
   python -m kontext_train.train experiment=quickstart_safety run.dir="$OUT/$1" weights.student="$OUT/base.safetensors" \
-    data.train="$OUT/shards" objective.concepts="$OUT/concepts.jsonl" "${@:2}" 2> "$OUT/$1.log"
+    +data.sources.ordinary.path="$OUT/ordinary" +data.sources.beside.path="$OUT/beside" \
+    objective.concepts="$OUT/concepts.jsonl" "${@:2}" 2> "$OUT/$1.log" || { tail -n 5 "$OUT/$1.log" >&2; return 1; }
 }
-say "training against an attacker, and beside it without one: $OUT/adversarial, $OUT/plain"
-train adversarial "$@" &
-train plain objective.attack_steps=0 "$@" || { tail -n 5 "$OUT/plain.log" >&2; exit 1; }
-wait $! || { tail -n 5 "$OUT/adversarial.log" >&2; exit 1; }
+measure() { # name, model
+  [ -e "$OUT/measured/$1.json" ] || python -m quickstart.safety measure --name "$1" --model "$2" --out "$OUT" \
+    --count "${SCENARIOS:-96}" 2> "$OUT/measure_$1.log" || { tail -n 5 "$OUT/measure_$1.log" >&2; return 1; }
+  say "$1 is measured"
+}
+say "training against an attacker; beside it without one. Each is attacked when it is trained"
+{ train plain objective.attack_steps=0 "$@" && measure before "$OUT/base.safetensors" &&
+  measure nonadversarial "$OUT/plain"; } &
+train adversarial "$@"
+measure after "$OUT/adversarial"
+wait $!
 
-say "attacking all three"
-python -m quickstart.safety measure --before "$OUT/base.safetensors" --after "$OUT/adversarial" \
-  --nonadversarial "$OUT/plain" --out "$OUT" --count "${SCENARIOS:-192}"
-say "done: $OUT/summary.json, $OUT/table.md, $OUT/attacked.png"
+python -m quickstart.safety report --out "$OUT"
+say "done: $OUT/summary.json, $OUT/table.md, and pictures in $OUT/measured"

@@ -3,7 +3,7 @@
 Legend: L text tokens of a prompt, E, P, C channels of text, pooled vector and image tokens, K context tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,24 +19,27 @@ from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.objectives.concept_list import Concept
 from kontext_train.randomness import VisitRandom, generator
 
+AT_ONCE = 16  # concepts whose texts are encoded in one go
+
 
 @dataclass(slots=True, eq=False)
 class EncodedConcept:
     """On the CPU, or a list of thousands would fill a GPU."""
 
     shape: SampleShape
-    txt_2LE: Tensor  # of its prompt and of its anchor's, the empty prompt if it has none
-    vec_2P: Tensor
+    txt_3LE: Tensor  # of its prompt, of its anchor's, which is the empty prompt if it has none, and of its goal's
+    vec_3P: Tensor
     context_KC: Tensor
     turned: bool  # it has no anchor prompt
 
 
 @dataclass(slots=True, eq=False)
 class ConceptPack:
-    """Concepts side by side. `concept` and `anchor` differ in their text alone."""
+    """Concepts side by side. `concept`, `anchor` and `goal` differ in their text alone."""
 
     concept: Conditioning
     anchor: Conditioning
+    goal: Conditioning
     turned_S: Tensor  # bool
     visits: list[int]
 
@@ -54,12 +57,12 @@ class ConceptBank:
         context_KC = torch.cat([one.context_KC for one in drawn]).to(self.device)
 
         def told(which: int) -> Conditioning:
-            txt_TE = torch.cat([one.txt_2LE[which] for one in drawn]).to(self.device)
-            vec_SP = torch.stack([one.vec_2P[which] for one in drawn]).to(self.device)
+            txt_TE = torch.cat([one.txt_3LE[which] for one in drawn]).to(self.device)
+            vec_SP = torch.stack([one.vec_3P[which] for one in drawn]).to(self.device)
             return Conditioning(txt_TE, vec_SP, context_KC, layout)
 
         turned_S = torch.tensor([one.turned for one in drawn], device=self.device)
-        return ConceptPack(told(0), told(1), turned_S, list(visits))
+        return ConceptPack(told(0), told(1), told(2), turned_S, list(visits))
 
 
 @torch.no_grad()
@@ -71,27 +74,35 @@ def encode_concepts(
     Raises ConfigError if an image cannot be read, or a size is no whole number of tokens.
     """
     transform = replace(transform, crop=Crop.center)
-    return ConceptBank([_encoded(concept, encoders, transform, device) for concept in concepts], device)
+    encoded = list[EncodedConcept]()
+    for first in range(0, len(concepts), AT_ONCE):
+        encoded += _encoded(concepts[first : first + AT_ONCE], encoders, transform, device)
+    return ConceptBank(encoded, device)
 
 
-def _encoded(concept: Concept, encoders: Encoders, transform: Transform, device: torch.device) -> EncodedConcept:
+def _encoded(
+    concepts: Sequence[Concept], encoders: Encoders, transform: Transform, device: torch.device
+) -> Iterator[EncodedConcept]:
     assert encoders.text is not None
-    side, channels = transform.multiple, 4 * encoders.autoencoder.vae.config.latent_channels
-    images = [_image(file, transform).to(device) for file in concept.context]
+    texts = [text for c in concepts for text in (c.prompt, c.anchor or "", c.prompt if c.goal is None else c.goal)]
+    txt_NLE, vec_NP = encoders.text(texts)
+    assert vec_NP is not None
+    none_KC = vec_NP.new_zeros(0, 4 * encoders.autoencoder.vae.config.latent_channels)
+    for i, concept in enumerate(concepts):
+        images = [_image(file, transform).to(device) for file in concept.context]
+        shape = _shape(concept, images, transform.multiple, txt_NLE.shape[1])
+        context_KC = torch.cat([none_KC, *(image_tokens(images, encoders.autoencoder, None, [], "") if images else [])])
+        txt_3LE, vec_3P = (rows[3 * i : 3 * i + 3].cpu() for rows in (txt_NLE, vec_NP))
+        yield EncodedConcept(shape, txt_3LE, vec_3P, context_KC.cpu(), concept.anchor is None)
+
+
+def _shape(concept: Concept, images: Sequence[Tensor], side: int, txt: int) -> SampleShape:
     height, width = concept.size or images[0].shape[1:]
     if height % side or width % side:
         rule = f"asks for {height} x {width} pixels, which must be multiples of {side}, the pixels of a token"
         raise ConfigError("objective.concepts", concept.prompt, rule, "Round them")
-    tokens = image_tokens(images, encoders.autoencoder, None, [], "") if images else []
-    txt_2LE, vec_2P = encoders.text([concept.prompt, concept.anchor or ""])
-    assert vec_2P is not None
-    shape = SampleShape(
-        txt=txt_2LE.shape[1],
-        target=(height // side, width // side),
-        contexts=tuple((image.shape[1] // side, image.shape[2] // side) for image in images),
-    )
-    context_KC = torch.cat([*tokens, vec_2P.new_zeros(0, channels)])
-    return EncodedConcept(shape, txt_2LE.cpu(), vec_2P.cpu(), context_KC.cpu(), concept.anchor is None)
+    grids = tuple((image.shape[1] // side, image.shape[2] // side) for image in images)
+    return SampleShape(txt=txt, target=(height // side, width // side), contexts=grids)
 
 
 def _image(file: Path, transform: Transform) -> Tensor:

@@ -1,11 +1,12 @@
 """Adversarial concept suppression for in-context models, after AdvUnlearn (Zhang et al. 2024, arXiv 2405.15234).
 
 Outer: min_θ  retain(θ) + w E ‖v_θ(z_t, t, c + δ*) − v_benign‖²
-Inner: δ* = argmin over the budget of ‖v_θ(z_t, t, c + δ) − v_ref(z_t, t, c)‖², which revives concept c in the student
+Inner: δ* = argmin over the budget of ‖v_θ(z_t, t, c + δ) − v_ref(z_t, t, g)‖², which revives the concept in the student
 
-v_ref is the frozen reference. v_benign is v_ref(z_t, t, anchor prompt); where a concept has no anchor prompt it is the
-concept turned round, v_ref(∅) − η (v_ref(c) − v_ref(∅)) (ESD, Gandikota et al. 2023, arXiv 2303.07345, eq. 5). retain
-is ‖v_θ − v_ref‖² on ordinary triplets.
+v_ref is the frozen reference. c is a way to ask for the concept and g, the goal, one that the reference understands: of
+an odd rewording, v_ref(c) does not show what the attack is after. v_benign is v_ref(z_t, t, anchor prompt); where a
+concept has no anchor prompt it is the goal turned round, v_ref(∅) − η (v_ref(g) − v_ref(∅)) (ESD, Gandikota et al.
+2023, arXiv 2303.07345, eq. 5). retain is ‖v_θ − v_ref‖² on ordinary triplets.
 
 Legend: S samples of a pack, or concepts beside it; M target tokens; C channels.
 """
@@ -20,14 +21,17 @@ from kontext_train.data.batch import PackedBatch
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.guidance import guided
 from kontext_train.flow.path import interpolate
-from kontext_train.flow.timesteps import logit_normal, mu_for_tokens
+from kontext_train.flow.sampler import euler
+from kontext_train.flow.timesteps import logit_normal, mu_for_tokens, sampling_schedule
 from kontext_train.models.kontext import Conditioning, predict_velocity
 from kontext_train.models.sequence import SequenceLayout
 from kontext_train.objectives.base import Loss
-from kontext_train.objectives.concepts import ConceptBank
+from kontext_train.objectives.concepts import ConceptBank, ConceptPack
 from kontext_train.objectives.conditioning_attack import Budget, attacked
 from kontext_train.objectives.config import SafetyConfig
 from kontext_train.randomness import VisitRandom
+
+_ROLLOUT_STEPS = 3  # of the reference from noise to a picture: one gives the mean of all that a prompt allows
 
 
 @dataclass(slots=True)
@@ -83,10 +87,8 @@ class Safety:
         pack = self.concepts.pack(batch.visits[: self.config.concepts_per_pack], random)
         cond, anchor, layout = pack.concept, pack.anchor, pack.concept.layout
         t_S, noise_MC = self._times_and_noise("concept ", layout, pack.visits, batch.x_MC.shape[1], random)
-        # Where the student will be: on the way from noise to what the anchor gives, in one step of the reference.
-        x_MC = noise_MC - self._frozen(noise_MC, torch.ones_like(t_S), anchor)
-        z_MC = interpolate(x_MC, noise_MC, t_S[layout.sample_of_target_M][:, None])
-        revived_MC, benign_MC = self._frozen(z_MC, t_S, cond), self._frozen(z_MC, t_S, anchor)
+        z_MC = self._on_the_way(pack, t_S, noise_MC, random)
+        revived_MC, benign_MC = self._frozen(z_MC, t_S, pack.goal), self._frozen(z_MC, t_S, anchor)
         turned_MC = guided(revived_MC, benign_MC, -self.config.negative_guidance)
         benign_MC = torch.where(pack.turned_S[layout.sample_of_target_M][:, None], turned_MC, benign_MC)
 
@@ -96,6 +98,21 @@ class Safety:
         if self.config.attack_steps:
             cond = attacked(distance, cond, self.budget, self.config.attack_steps, random, pack.visits)
         return _Revival(z_MC, t_S, cond, benign_MC, revived_MC)
+
+    def _on_the_way(self, pack: ConceptPack, t_S: Tensor, noise_MC: Tensor, random: VisitRandom) -> Tensor:
+        """Where the student will be at t: between noise and what the reference makes of the anchor or, for half of the
+        visits, of the goal: an attack that half succeeds leads there.
+        """
+        layout = pack.concept.layout
+        to_goal_S = random.normal_per_visit("concept way", pack.visits) > 0
+        to_goal_T = to_goal_S.repeat_interleave(torch.tensor([shape.txt for shape in layout.shapes], device=t_S.device))
+        txt_TE = torch.where(to_goal_T[:, None], pack.goal.txt_TE, pack.anchor.txt_TE)
+        vec_SP = torch.where(to_goal_S[:, None], pack.goal.vec_SP, pack.anchor.vec_SP)
+        told = replace(pack.anchor, txt_TE=txt_TE, vec_SP=vec_SP)
+        mu_S = mu_for_tokens(torch.tensor(layout.target_lengths, dtype=torch.float32, device=t_S.device), self.shift)
+        schedule = sampling_schedule(_ROLLOUT_STEPS, mu_S)
+        x_MC = euler(lambda z, t: self._frozen(z, t, told), noise_MC, schedule, layout.sample_of_target_M)
+        return interpolate(x_MC, noise_MC, t_S[layout.sample_of_target_M][:, None])
 
     def _times_and_noise(
         self, purpose: str, layout: SequenceLayout, visits: list[int], channels: int, random: VisitRandom

@@ -10,8 +10,9 @@ _REGEX = "re:"
 class WordList:
     """One entry a line: words, which match whole words whatever their case, or `re:` and a regular expression.
 
-    Empty lines and those that begin with # say nothing. Text is compared in Unicode's NFKC form without case, so that
-    full-width letters and ligatures hide nothing; letters of other alphabets that look alike do.
+    Empty lines and those that begin with # say nothing. Text is compared without case, marks on letters and invisible
+    characters, in Unicode's compatibility form: full-width letters, ligatures and a zero-width space hide nothing, nor
+    do hyphens and underscores in or between listed words. Letters of other alphabets that look alike do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,13 +32,23 @@ class WordList:
 
 def _pattern(where: str, entry: str) -> re.Pattern[str]:
     if not entry.startswith(_REGEX):
-        words = r"\s+".join(re.escape(word) for word in _folded(entry).split())
-        return re.compile(rf"(?<!\w){words}(?!\w)")
+        words = [[re.escape(letter) for letter in word] for word in re.split(r"[\s_-]+", _folded(entry)) if word]
+        if not words:
+            raise ValueError(f"{where}: {entry!r} has no letters")
+        joined = r"[\s_-]+".join("[_-]*".join(letters) for letters in words)
+        return re.compile(rf"(?<![^\W_]){joined}(?![^\W_])")
     try:
-        return re.compile(entry.removeprefix(_REGEX), re.IGNORECASE)
+        return re.compile(_seen(entry.removeprefix(_REGEX)), re.IGNORECASE)
     except re.error as error:
         raise ValueError(f"{where}: {entry!r} is not a regular expression ({error})") from error
 
 
 def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+    return _seen(_seen(text).casefold())  # twice: the case folding of some letters has marks
+
+
+def _seen(text: str) -> str:
+    """Without marks on letters (é is e) and characters that are not seen; every dash is a hyphen."""
+    kinds = ((letter, unicodedata.category(letter)) for letter in unicodedata.normalize("NFKD", text))
+    kept = "".join("-" if kind == "Pd" else letter for letter, kind in kinds if kind not in ("Mn", "Me", "Cf"))
+    return unicodedata.normalize("NFC", kept)

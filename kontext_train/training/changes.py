@@ -22,6 +22,7 @@ FREE = (
     "profiler.*",
     "weights.teacher",  # wherever it is now, its digest must be the same
     "weights.reference",
+    "objective.concepts",  # likewise
     "validation.*",
     "evaluation.*",
     "data.validation",
@@ -66,6 +67,9 @@ def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
         if saved.get("frozen", {}).get(role) != digest:
             given, rule = now["config"]["weights"][role], f"holds other weights than those that {path} learned from"
             raise ConfigError(f"weights.{role}", given, rule, "Give the file that the run began with")
+    if saved.get("concepts") != now.get("concepts"):
+        given, rule = now["config"]["objective"]["concepts"], f"says other than the list that {path} learned from"
+        raise ConfigError("objective.concepts", given, rule, "Restore list and images, or start a new run.dir")
     if refused := [key for key in changed if not _within(key, allowed)]:
         rule = f"does not name all that changed since {path}: {listed}"
         hint = f"Restore them, or say run.allow_changes=[{','.join([*allowed, *refused])}]"

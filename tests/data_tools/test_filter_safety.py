@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -288,3 +289,46 @@ def test_what_shows_through_transparency_is_judged_and_labels_must_be_there(room
     assert (report["kept"], report["dropped"]) == (1, 1)
     with pytest.raises(ValueError, match=r"0\.tar: a: has no label \(unsafe\)"):
         filter_safety.filter_safety(tmp_path / "source", tmp_path / "two", policy, labels="json.unsafe == 1")
+
+
+def test_prompts_are_judged_by_a_probe_and_together_with_images(room: Path, planted: Path, tmp_path: Path) -> None:
+    """The filter with clip_text, and with a combination alone: it drops what either probe sees, wherever it is."""
+    labelled = write_planted(tmp_path / "labelled", ["prompt" if i % 2 else "" for i in range(60)], 1, seed=6)
+    text = room / "text.probe"
+    train_probe.train_probe(labelled, room / "clip", "prompt", "json.planted == 'prompt'", text)
+    policy = room / "together.yaml"
+    asked = "{name: asked, kind: clip_text, clip: clip, head: text.probe, policy: %s}"
+    sign = "{name: sign, kind: clip_image, clip: clip, head: image.probe, policy: report}"
+    together = "{name: together, kind: combination, of: [asked, sign], threshold: 0.9, policy: drop}"
+
+    def left(name: str, *rules: str) -> tuple[Counter[str], list[dict[str, Any]]]:
+        policy.write_text("name: together\nrules:\n" + "".join(f"  - {rule}\n" for rule in rules))
+        filter_safety.filter_safety(planted, tmp_path / name, policy)
+        return places(tmp_path / name), lines(tmp_path / name / "audit.jsonl")
+
+    alone, found = left("alone", asked % "drop")
+    assert alone["prompt"] == 0
+    assert alone["target"] == alone["context"] == PER_PLACE
+    assert {line["part"] for line in found} == {"prompt"}
+    both, found = left("both", asked % "report", sign, together)
+    assert max(both[place] for place in ("prompt", "target", "context")) <= 1
+    assert both[""] >= 0.95 * (SAMPLES - 3 * PER_PLACE)
+    assert {line["part"] for line in found if line["rule"] == "together"} == {"sample"}
+    assert {line["rule"] for line in found if line["policy"] == "drop"} == {"together"}
+
+
+def test_a_probe_names_the_image_that_it_cannot_read(room: Path, tmp_path: Path) -> None:
+    write_planted(tmp_path / "labelled", ["target", ""] * 5, 1, seed=6)
+    shard = tmp_path / "labelled" / "000.tar"
+    raw = bytearray(shard.read_bytes())
+    start = raw.index(b"IDAT")
+    raw[start + 4 : start + 40] = bytes(36)
+    shard.write_bytes(raw)
+    build_index(tmp_path / "labelled")
+    told = list[str]()
+    for on in ("target", "context"):  # the broken image is one of them
+        try:
+            train_probe.train_probe(tmp_path / "labelled", room / "clip", on, "json.planted != ''", tmp_path / "p")
+        except ValueError as error:
+            told.append(str(error))
+    assert any(re.match(r"000\.tar: 00000: its \w+ image cannot be decoded \(\w+\)\. python -m", text) for text in told)

@@ -1,6 +1,7 @@
 """The safety stage as a run: sharded it is what it is whole, with all weights and with adapters; and the gate."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kontext_train.flow.config import SamplerConfig
 from kontext_train.safety.hashes import perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, save_head
 from kontext_train.sample import Blocked, SampleConfig, main, sample
+from kontext_train.train import train
 from quickstart.make_dataset import to_png
 from tests.integration.test_train import largest_difference, losses
 from tests.models.flux_cases import random_flux
@@ -36,7 +38,7 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(to_png(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)))
     concepts = [
         {"prompt": "make the blue circle red", "anchor": "make the blue circle cyan", "context": ["a.png"]},
-        {"prompt": "make the green circle red", "context": ["b.png", "a.png"]},
+        {"prompt": "green to red", "goal": "make the green circle red", "context": ["b.png", "a.png"]},
         {"prompt": "a red circle on gray", "height": 32, "width": 32},
     ]
     (folder / "concepts.jsonl").write_text("".join(json.dumps(concept) + "\n" for concept in concepts))
@@ -77,6 +79,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
         ('{"prompt": "x"}', "line 1 must have height and width"),
         ('{"prompt": "x", "context": ["no.png"]}', "line 1 names .*no.png, which is no file"),
         ('{"prompt": "x", "hight": 3}', "line 1 has 'hight', which is no field"),
+        ('{"prompt": "x", "goal": 3}', "line 1 has goal 3"),
         ("", "holds no concept"),
     ],
 )
@@ -101,6 +104,17 @@ def test_a_bad_list_is_refused_before_anything_starts(
 def test_options_that_cannot_work_are_refused(shards: Path, base: Path, tmp_path: Path, option: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check(safety_config(shards, base, tmp_path, option), 2 if "cp" in option else 1)
+
+
+def test_a_run_goes_on_with_the_list_it_began_with_wherever_that_lies(shards: Path, base: Path, tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    shutil.copytree(base.parent, lists)
+    option = f"objective.concepts={lists}/concepts.jsonl"
+    run(safety_config(shards, base, tmp_path / "run", "run.steps=1", "schedule.name=constant"))
+    run(safety_config(shards, base, tmp_path / "run", "run.steps=2", "schedule.name=constant", option))
+    (lists / "a.png").write_bytes((lists / "b.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"objective\.concepts=.*says other than the list that .* learned from"):
+        train(safety_config(shards, base, tmp_path / "run", "run.steps=3", "schedule.name=constant", option))
 
 
 # The gate -------------------------------------------------------------------------------------------------------------
@@ -180,6 +194,8 @@ def test_the_gate_sees_prompt_contexts_and_result_together(trained_run: Path, ba
         made(*request)
     with pytest.raises(Blocked, match="result of 'blue', by rule c"):
         made(*result)
+    with pytest.raises(ConfigError, match=r"gate=.*blocks nothing: its rules here only report"):
+        made(asked.replace("drop", "report"), given.replace("drop", "report"))
     for rules in (request, result):  # without a context neither is reached
         assert made(*rules, context=()) == [out]
 

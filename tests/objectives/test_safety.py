@@ -89,11 +89,15 @@ def test_text_to_image_is_not_moved_by_a_budget_for_context_but_takes_the_same_p
     assert passes == back == [3, 3]
 
 
-def stage(model: torch.nn.Module, reference: torch.nn.Module, **options: float) -> Safety:
+def stage(model: torch.nn.Module, reference: torch.nn.Module, goal: bool = False, **options: float) -> Safety:
+    """goal: other than the concept's own prompt."""
     cond, encoded = conditioning(), []
     for i, shape in enumerate(cond.layout.shapes):
         context = cond.context_KC if shape.contexts else cond.context_KC[:0]
-        encoded.append(EncodedConcept(shape, torch.randn(2, 12, 64), torch.randn(2, 64), context, turned=i == 1))
+        txt_3LE, vec_3P = torch.randn(3, 12, 64), torch.randn(3, 64)
+        if not goal:
+            txt_3LE[2], vec_3P[2] = txt_3LE[0], vec_3P[0]
+        encoded.append(EncodedConcept(shape, txt_3LE, vec_3P, context, turned=i == 1))
     config = SafetyConfig(concepts="list", **options)  # type: ignore[arg-type]
     return Safety(model, reference, ConceptBank(encoded, torch.device("cpu")), config, ShiftConfig())
 
@@ -128,6 +132,19 @@ def test_the_anchor_is_the_prompt_given_or_the_concept_turned_round(model: torch
     error = predict_velocity(other, revival.z_MC, revival.t_S, revival.cond) - expected
     means = [part.square().mean() for part in error.split(pack.concept.layout.target_lengths)]
     assert loss.metrics["suppress"] == pytest.approx(float(sum(means) / 2), rel=1e-5)
+
+
+def test_the_attack_is_after_the_goal_and_leads_from_the_prompt(model: torch.nn.Module) -> None:
+    safety = stage(model, model, goal=True, attack_steps=0)
+    revival, pack = safety._revive(batch(), RANDOM), safety.concepts.pack(VISITS, RANDOM)
+    assert torch.equal(revival.cond.txt_TE, pack.concept.txt_TE)
+    assert not torch.equal(pack.goal.txt_TE, pack.concept.txt_TE)
+    with torch.no_grad():
+        shown_MC = predict_velocity(model, revival.z_MC, revival.t_S, pack.goal)
+    torch.testing.assert_close(revival.revived_MC, shown_MC)
+    attacking = stage(model, model, goal=True, attack_steps=10).loss("student", batch(), RANDOM, 0)
+    calm = stage(model, model, goal=True, attack_steps=0).loss("student", batch(), RANDOM, 0)
+    assert attacking.metrics["distance_to_concept"] < 0.9 * calm.metrics["distance_to_concept"]
 
 
 def test_gradients_reach_the_student_alone_and_not_through_the_attack(model: torch.nn.Module) -> None:

@@ -125,12 +125,22 @@ def test_names_are_used_once(room: Path) -> None:
 
 
 def test_words_are_whole_words_and_hide_in_no_spelling(tmp_path: Path) -> None:
-    (tmp_path / "list").write_text("# comment\n\nred circle\nre:colou?r(ed)? round\n")
+    (tmp_path / "list").write_text("# comment\n\nred circle\ncafé\nre:colou?r(ed)? round\nre:thé\n", "utf-8")
     words = WordList(tmp_path / "list")
-    for text in ("a RED  circle!", "ｒｅｄ circle", "a Coloured round thing"):
+    hidden = [
+        "r\u200bed cir\u00adcle",
+        "réd circ\u0323le",
+        "r-e-d_c_i_r_c_l_e",
+        "red\u2011circle",
+        "the_red_circle_now",
+    ]
+    for text in ("a RED  circle!", "ｒｅｄ circle", "a Coloured round thing", "CAFE", "cafe\u0301", "THÉ", *hidden):
         assert words.matches(text), text
-    for text in ("a red circlet", "red and circle", "hundred circles", ""):
+    for text in ("a red circlet", "red and circle", "hundred circles", "red, circle", "hundred-circle", ""):
         assert not words.matches(text), text
+    (tmp_path / "list").write_text("-_\n")
+    with pytest.raises(ValueError, match="line 1: '-_' has no letters"):
+        WordList(tmp_path / "list")
     (tmp_path / "list").write_text("re:(\n")
     with pytest.raises(ValueError, match=r"line 1: 're:.*' is not a regular expression"):
         WordList(tmp_path / "list")
