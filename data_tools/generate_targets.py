@@ -154,9 +154,8 @@ def _made(
 def _request(raw: RawSample, seed: int) -> Request:
     height, width = raw.target.shape[:2]
     contexts = [_as_CHW(context) for context in raw.contexts]
-    return Request(
-        raw.prompt, contexts, height, width, seed=key_of(seed, "target", raw.shard, raw.key) >> 65
-    )  # 63 bits
+    own_seed = key_of(seed, "target", raw.shard, raw.key) >> 65  # 63 bits
+    return Request(raw.prompt, contexts, height, width, seed=own_seed)
 
 
 def _as_CHW(image: Any) -> Tensor:

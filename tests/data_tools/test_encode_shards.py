@@ -20,6 +20,7 @@ from data_tools.check_shards import check_shards
 from data_tools.encode_shards import encode_shards
 from data_tools.filter_shards import filter_shards
 from data_tools.shared_job import JobReport, share_of
+from kontext_train import assembly
 from kontext_train.data import encoded as encoded_module
 from kontext_train.data.config import DataConfig, Resize
 from kontext_train.data.encoded import to_bytes
@@ -146,7 +147,7 @@ def test_other_latents_are_seen_in_the_loss(
     encode(source, tmp_path / "out", encoders=encoders_config(other_encoders))
     with pytest.raises(ConfigError, match=r"encoders\.path='.*': has another vae than .*out was encoded with"):
         trained(tmp_path / "out", tmp_path / "run")
-    monkeypatch.setattr(encoded_module, "check_encoding", lambda *arguments: None)
+    monkeypatch.setattr(assembly, "check_encoding", lambda *arguments: None)
     off = trained(tmp_path / "out", tmp_path / "run")
     assert max(abs(a / b - 1) for a, b in zip(off, from_pixels, strict=True)) > 5e-3
 
