@@ -52,7 +52,7 @@ TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
 TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
-NOISES = 16  # of each prompt: so many pictures tell whether it has one place or all four
+NOISES = 4  # of each prompt, so that its places can differ; few, because prompts differ in how hard they are
 ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for LADD and the controls to learn from
 AT_ONCE = 64
 
@@ -73,7 +73,7 @@ def main() -> None:
     judge = commands.add_parser("evaluate", help="write the numbers and pictures")
     judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
     judge.add_argument("--dev", type=Path, required=True, help="the run of stage guidance_distillation")
-    judge.add_argument("--samples", type=int, default=512)
+    judge.add_argument("--samples", type=int, default=768, help="768: every prompt, with 4 noises")
     judge.add_argument("--guidance", type=float, required=True, help="of the teacher, as its targets were made")
     for command in (regress, judge):
         command.add_argument("--teacher", type=Path, required=True)
@@ -190,7 +190,7 @@ class Result:
         return self.right / self.count
 
     def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's, of 95 %: of other noise for the same prompts."""
+        """Wilson's, of 95 %: over noise, for the same prompts."""
         p, n = self.accuracy, self.count
         middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
