@@ -185,15 +185,14 @@ def trace_parts(
 
 
 def trace_heads(model: FluxConfig, stage: LaddConfig, shapes: Sequence[SampleShape], parallel: ParallelConfig) -> Heads:
-    """Cost of all heads of a stage's discriminator together for one pack, in param_dtype."""
+    """Cost of all heads of a stage's discriminator together for one pack: float32, on features in param_dtype."""
     with FakeTensorMode() as fake:
         layout, _ = _faked(fake, build_layout(shapes), None)
         dtype = getattr(torch, parallel.param_dtype.value)
         with torch.device("meta"):
             teacher = Flux(model)
         blocks = stage.discriminator.blocks_of(model)
-        with _default_dtype(dtype):
-            heads = Discriminator(len(blocks), model.hidden_size, stage.discriminator.channels, model.vec_in_dim)
+        heads = Discriminator(len(blocks), model.hidden_size, stage.discriminator.channels, model.vec_in_dim)
         ladd = Ladd(stage, nn.Identity(), teacher, heads, ShiftConfig(), None)
         batch, t_S = _fake_batch(model, layout), torch.rand(len(shapes))
         size = (layout.targets, model.hidden_size)
