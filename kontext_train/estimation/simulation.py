@@ -199,8 +199,10 @@ def trace_heads(model: FluxConfig, stage: LaddConfig, shapes: Sequence[SampleSha
         said = [torch.zeros(size, dtype=dtype, requires_grad=True) for _ in blocks]
 
         def learn() -> tuple[Tensor, ...]:
-            views = 3 if stage.gradient_penalty else 2
-            return tuple(ladd.judge([[s.detach().clone() for s in said] for _ in range(views)], t_S, batch))
+            views = [[s.detach().clone() for s in said] for _ in range(2)]
+            if stage.gradient_penalty:
+                views.append([s.detach().float() for s in said])
+            return tuple(ladd.judge(views, t_S, batch))
 
         def teach() -> tuple[Tensor, ...]:
             return tuple(ladd.judge([[s.clone() for s in said]], t_S, batch))

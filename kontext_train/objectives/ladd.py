@@ -183,12 +183,13 @@ class Ladd:
     def nudged(self, features: list[Tensor], batch: PackedBatch, random: VisitRandom) -> list[Tensor]:
         """Features with noise of gradient_penalty_std of their size: the heads' slope along it is the penalty, on the
         heads' inputs as ADD's R1 is (Sauer et al. 2023, arXiv 2311.17042). A second derivative FSDP could not take.
+        They are float32: bfloat16 would round so small a step.
         """
         lengths, found = batch.layout.target_lengths, []
         for block, x_MD in zip(self.blocks, features, strict=True):
             noise_MD = random.normal(f"nudge {block}", batch.visits, lengths, x_MD.shape[1])
             size_M1 = x_MD.float().square().mean(-1, keepdim=True).sqrt()
-            found.append((x_MD + self.config.gradient_penalty_std * size_M1 * noise_MD).to(x_MD.dtype))
+            found.append(x_MD + self.config.gradient_penalty_std * size_M1 * noise_MD)
         return found
 
     def _noise(self, purpose: str, batch: PackedBatch, random: VisitRandom) -> Tensor:
