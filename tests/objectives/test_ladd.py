@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kontext_train.data.batch import PackedBatch
+from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.timesteps import sampling_schedule
 from kontext_train.models.config import DiscriminatorConfig, InitConfig
@@ -18,6 +19,7 @@ from kontext_train.models.discriminator import neighbours
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import block_features, predict_velocity
 from kontext_train.models.weights import initialise
+from kontext_train.objectives.build import build_objective
 from kontext_train.objectives.config import LaddConfig
 from kontext_train.objectives.ladd import Ladd
 from kontext_train.randomness import VisitRandom
@@ -145,6 +147,13 @@ def test_a_student_that_embeds_guidance_is_told_its_scale() -> None:
     )
     assert student.told is not None
     assert student.told.tolist() == [4.0] * 3
+
+
+def test_a_scale_is_refused_by_a_teacher_that_is_told_none() -> None:
+    networks = {"student": Formula(lambda z, t, vec: z), "teacher": teacher(), "discriminator": nn.Identity()}
+    build_objective(LaddConfig(), networks, TINY, ShiftConfig(), None, None)
+    with pytest.raises(ConfigError, match=r"objective\.teacher_guidance=7: has no effect: weights\.teacher has no"):
+        build_objective(LaddConfig(teacher_guidance=7), networks, TINY, ShiftConfig(), None, None)
 
 
 def test_times_are_those_that_a_sampler_meets_with_their_probabilities() -> None:
