@@ -29,6 +29,7 @@ from kontext_train.models.config import (
 )
 from kontext_train.objectives.concept_list import read_concepts
 from kontext_train.objectives.config import (
+    UNGUIDED,
     FlowMatchingConfig,
     GuidanceDistillationConfig,
     LaddConfig,
@@ -250,6 +251,9 @@ def check(config: TrainConfig, world_size: int) -> None:
             raise ConfigError(f"weights.{role}", None, rule, "Give a safetensors file or folder")
         if not Path(given).exists():
             raise ConfigError(f"weights.{role}", given, "must exist", "Give a safetensors file or folder")
+    if config.objective.frozen and config.weights.student is None:
+        rule = "must be given: this stage goes on from weights that exist"
+        raise ConfigError("weights.student", None, rule, "Give a safetensors file or folder")
     if isinstance(config.objective, SafetyConfig):
         read_concepts(config.objective.concepts)
     if config.lora.rank and config.weights.student is None:
@@ -295,6 +299,15 @@ def _check_roles(config: TrainConfig) -> None:
             if config.parallel.cp > 1:
                 rule = "gives each rank some tokens of a picture, and the heads of ladd read whole pictures"
                 raise ConfigError("parallel.cp", config.parallel.cp, rule, "Use cp=1")
+            if config.objective.student_guidance != UNGUIDED and not config.model.guidance_embed:
+                rule = "has no effect: model.guidance_embed is false"
+                raise ConfigError("objective.student_guidance", config.objective.student_guidance, rule, "Leave it out")
+            if config.checkpoint.keep_best and config.checkpoint.best_by.startswith("validation/loss"):
+                rule = "is the velocity's, which says nothing about a student of few steps"
+                hint = "Use a number of evaluation.benchmark, or keep_best=0 and judge pictures"
+                raise ConfigError("checkpoint.best_by", config.checkpoint.best_by, rule, hint)
+    if isinstance(config.objective, GuidanceDistillationConfig | LaddConfig):
+        _check_prompts_stay(config)
     heads = config.discriminator_optimizer
     if heads.stochastic_rounding:
         rule = "is of weights kept in bfloat16, and a discriminator's are always float32"
@@ -305,6 +318,16 @@ def _check_roles(config: TrainConfig) -> None:
             for name in (name for name in given if given[name] != defaults[name]):
                 rule = "has no effect: this stage trains no discriminator"
                 raise ConfigError(f"{options.key}.{name}", given[name], rule, "Leave it out")
+
+
+def _check_prompts_stay(config: TrainConfig) -> None:
+    """Guidance needs the empty prompt, and a student of distillation is not guided. A source may say otherwise."""
+    given = {"data": config.data.prompt_dropout}
+    given |= {f"data.sources.{name}": source.prompt_dropout for name, source in config.data.sources.items()}
+    for key, share in given.items():
+        if share:
+            rule = "must be 0: what this stage trains is not guided away from the empty prompt"
+            raise ConfigError(f"{key}.prompt_dropout", share, rule, "Set it to 0")
 
 
 def trains_discriminator(config: TrainConfig) -> bool:

@@ -37,6 +37,7 @@ from kontext_train.training.signals import StopRequest
 from kontext_train.training.stability import Unstable
 from kontext_train.training.validation import Validation
 
+WARN_EVERY_LOGS = 10  # a warning that stays is printed at every so many log steps, and not at each
 SETTLE_S = 60.0  # that a failing run waits for the save under way, while its other ranks wait for it
 
 
@@ -98,6 +99,7 @@ class Trainer:
         self.recompiles = Recompiles()
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
+        self.silent_until = 0  # a step: no warning is printed before it
         # forward, gradients of inputs and of weights, and what else the stage runs
         self.passes = 2 + trained_share(objective.modules["student"]) + objective.extra_passes
 
@@ -150,8 +152,7 @@ class Trainer:
             if self.due(self.config.log_every_steps) or last or stopping:
                 self.at("log")
                 means = self.summary(window, peak)
-                if (warning := self.objective.warning(means)) and self.world.is_main:
-                    print(f"kontext-train: step {self.step}: {warning}", file=sys.stderr)
+                self.warn(self.objective.warning(self.step, means))
                 log.write(self.step, means | self.recompiles.metrics() | self.health.metrics())
                 window = Window(time.perf_counter())
             paused, validated = time.perf_counter(), None
@@ -171,6 +172,12 @@ class Trainer:
                 log.write(self.step, {"seconds": time.perf_counter() - window.started})
                 raise Interrupted(f"stopped by {stop.name or 'another rank'} after step {self.step}")
         log.write(self.step, {"seconds": time.perf_counter() - window.started})
+
+    def warn(self, warning: str | None) -> None:
+        if warning is not None and self.step >= self.silent_until:
+            self.silent_until = self.step + WARN_EVERY_LOGS * self.config.log_every_steps
+            if self.world.is_main:
+                print(f"kontext-train: step {self.step}: {warning}", file=sys.stderr)
 
     def agree_to_stop(self, stop: StopRequest, pixels: list[PixelBatch]) -> bool:
         """Whether a rank got a signal, or too many samples were bad: the same on every rank."""

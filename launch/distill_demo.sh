@@ -36,7 +36,7 @@ say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 both kontext_train.train experiment=quickstart "${MIX[@]}" "data.sources.text_to_image.path=$OUT/one_thing" \
   "data.sources.edits.path=$QUICKSTART/shards/train" \
   "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
-  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 data.prompt_dropout=0.15 ema.half_life_images=8000
+  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
@@ -53,7 +53,7 @@ regress() {
 set -m   # a group of its own
 {
   "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
-    "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" "${FLOW[@]}" &&
+    "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" &&
     regress regression && regress regression_same_noise --same-noise
 } &
 LANE=$!

@@ -75,7 +75,7 @@ class Estimate:
     host: float  # bytes in the memory of the host, for each GPU
     checkpoint: float  # bytes that all ranks write together
     collectives: tuple[Collective, ...]
-    useful_flops: float  # three times forward
+    useful_flops: float  # forward, backward and what else the stage runs; no recomputation
     computed_flops: float  # recomputation included
     recomputed_flops: float  # of the blocks, by activation checkpointing
     kept: tuple[int, int]  # bytes that a double-stream and a single-stream block keep for backward

@@ -65,9 +65,10 @@ def _table(
 ) -> Iterator[str]:
     yield ""
     names = [f"[{c.value}]" if c is policy else c.value for c in columns]
-    yield f"{title:36}" + "".join(f"{name:>20}" for name in names)
+    width = max(18, *(len(value) for _, values, _ in rows for value in values))
+    yield f"{title:36}" + "".join(f"  {name:>{width}}" for name in names)
     for label, values, source in rows:
-        yield f"  {label:34}" + "".join(f" {value:>19}" for value in values) + f"   {source}"
+        yield f"  {label:34}" + "".join(f"  {value:>{width}}" for value in values) + f"   {source}"
 
 
 def _memory(
@@ -97,12 +98,10 @@ def _memory(
 
 def _speed(policy: Checkpointing, setup: Setup, estimates: Mapping[Checkpointing, Estimate]) -> Iterator[str]:
     values = list(estimates.values())
+    forward = setup.mix.forward_flops * setup.microbatches / setup.parallel.cp
     rows = [
-        (
-            "useful TFLOP",
-            [f"{e.useful_flops / 1e12:.1f}" for e in values],
-            "formula: three times forward, less what frozen weights save",
-        ),
+        ("useful TFLOP", [f"{e.useful_flops / 1e12:.1f}" for e in values], "formula: without recomputation"),
+        ("in forward passes", [f"{e.useful_flops / forward:.2f}" for e in values], "formula: of the student"),
         ("computed TFLOP", [f"{e.computed_flops / 1e12:.1f}" for e in values], "traced: recomputation included"),
         ("of it recomputed in blocks", [f"{e.recomputed_flops / 1e12:.1f}" for e in values], "traced"),
     ]

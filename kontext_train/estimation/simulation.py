@@ -185,23 +185,24 @@ def trace_parts(
 
 
 def trace_heads(model: FluxConfig, stage: LaddConfig, shapes: Sequence[SampleShape], parallel: ParallelConfig) -> Heads:
-    """Cost of all heads of a stage's discriminator together for one pack, in param_dtype."""
+    """Cost of all heads of a stage's discriminator together for one pack: float32, on features in param_dtype."""
     with FakeTensorMode() as fake:
         layout, _ = _faked(fake, build_layout(shapes), None)
         dtype = getattr(torch, parallel.param_dtype.value)
         with torch.device("meta"):
             teacher = Flux(model)
         blocks = stage.discriminator.blocks_of(model)
-        with _default_dtype(dtype):
-            heads = Discriminator(len(blocks), model.hidden_size, stage.discriminator.channels, model.vec_in_dim)
+        heads = Discriminator(len(blocks), model.hidden_size, stage.discriminator.channels, model.vec_in_dim)
         ladd = Ladd(stage, nn.Identity(), teacher, heads, ShiftConfig(), None)
         batch, t_S = _fake_batch(model, layout), torch.rand(len(shapes))
         size = (layout.targets, model.hidden_size)
         said = [torch.zeros(size, dtype=dtype, requires_grad=True) for _ in blocks]
 
         def learn() -> tuple[Tensor, ...]:
-            views = 3 if stage.gradient_penalty else 2
-            return tuple(ladd.judge([[s.detach().clone() for s in said] for _ in range(views)], t_S, batch))
+            views = [[s.detach().clone() for s in said] for _ in range(2)]
+            if stage.gradient_penalty:
+                views.append([s.detach().float() for s in said])
+            return tuple(ladd.judge(views, t_S, batch))
 
         def teach() -> tuple[Tensor, ...]:
             return tuple(ladd.judge([[s.clone() for s in said]], t_S, batch))

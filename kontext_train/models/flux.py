@@ -94,7 +94,8 @@ class Flux(nn.Module):
         found, depth = dict[int, Tensor](), len(self.double_blocks)
         for number, block in enumerate(self.double_blocks[: blocks[-1] + 1]):
             img_ID, txt_TD = block(img_ID, txt_TD, vec_SD, angles, layout)
-            found[number] = img_ID[: layout.targets].clone()  # FSDP hangs a hook on it, which a view may lose
+            if number in blocks:
+                found[number] = img_ID[: layout.targets].clone()  # FSDP hangs a hook on it, which a view may lose
         x_ND = join(txt_TD, img_ID, layout)
         for number, block in enumerate(self.single_blocks[: max(0, blocks[-1] + 1 - depth)], start=depth):
             x_ND = block(x_ND, vec_SD, angles, layout)

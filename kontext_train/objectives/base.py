@@ -37,6 +37,9 @@ class Objective(Protocol):
         """
         ...
 
-    def warning(self, means: Mapping[str, float]) -> str | None:
-        """What is wrong with a run whose metrics since the last log step have these means, and what to do; or None."""
+    def warning(self, step: int, means: Mapping[str, float]) -> str | None:
+        """What is wrong with a run whose metrics since the last log step have these means, and what to do; or None.
+
+        step: updates made.
+        """
         ...

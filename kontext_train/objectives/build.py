@@ -12,6 +12,7 @@ from kontext_train.models.flux import Flux
 from kontext_train.objectives.base import Objective
 from kontext_train.objectives.concepts import ConceptBank
 from kontext_train.objectives.config import (
+    UNGUIDED,
     FlowMatchingConfig,
     GuidanceDistillationConfig,
     LaddConfig,
@@ -50,8 +51,11 @@ def build_objective(
                 )
             return GuidanceDistillation(config, student, networks["teacher"], shift, empty_prompt)
         case LaddConfig():
-            told = config.student_guidance if model.guidance_embed else None
-            return Ladd(config, student, cast(Flux, networks["teacher"]), networks["discriminator"], shift, told)
+            teacher, told = cast(Flux, networks["teacher"]), config.student_guidance if model.guidance_embed else None
+            if config.teacher_guidance != UNGUIDED and not teacher.config.guidance_embed:
+                rule = "has no effect: weights.teacher has no guidance_in"
+                raise ConfigError("objective.teacher_guidance", config.teacher_guidance, rule, "Leave it out")
+            return Ladd(config, student, teacher, networks["discriminator"], shift, told)
         case SafetyConfig():
             assert concepts is not None
             return Safety(student, networks["reference"], concepts, config, shift)

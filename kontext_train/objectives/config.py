@@ -7,6 +7,9 @@ from typing import ClassVar
 from kontext_train.errors import ConfigError
 from kontext_train.models.config import DiscriminatorConfig
 
+GRADIENT_PENALTY_STD = 0.01
+UNGUIDED = 1.0
+
 
 @dataclass(slots=True)
 class ObjectiveConfig:
@@ -73,9 +76,10 @@ class LaddConfig(ObjectiveConfig):
     renoise_mean: float = 1.0  # of the logit of the times at which the teacher reads
     renoise_std: float = 1.0
     gradient_penalty: float = 0.0  # weight of the heads' squared slope at real pictures; 0 costs nothing
-    gradient_penalty_std: float = 0.01  # step along which it is measured, relative to the features
-    student_guidance: float = 1.0  # told to a student, and to a teacher, that embed guidance
-    teacher_guidance: float = 1.0
+    gradient_penalty_std: float = GRADIENT_PENALTY_STD  # step along which it is measured, relative to the features
+    # Told to a student, and to a teacher, that embed guidance.
+    student_guidance: float = UNGUIDED
+    teacher_guidance: float = UNGUIDED
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < t <= 1 for t in self.times) or sorted(set(self.times))[::-1] != self.times:
@@ -92,6 +96,9 @@ class LaddConfig(ObjectiveConfig):
         for key in ("renoise_std", "gradient_penalty_std"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"objective.{key}", getattr(self, key), "must be above 0", "See docs/distillation.md")
+        if self.gradient_penalty == 0 and self.gradient_penalty_std != GRADIENT_PENALTY_STD:
+            rule = "has no effect: objective.gradient_penalty is 0"
+            raise ConfigError("objective.gradient_penalty_std", self.gradient_penalty_std, rule, "Leave it out")
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ class FlowMatching:
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
 
-    def warning(self, means: Mapping[str, float]) -> str | None:
+    def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None
 
 

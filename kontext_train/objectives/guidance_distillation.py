@@ -51,7 +51,7 @@ class GuidanceDistillation:
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
 
-    def warning(self, means: Mapping[str, float]) -> str | None:
+    def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None
 
     def scales(self, normal_S: Tensor) -> Tensor:

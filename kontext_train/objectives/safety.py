@@ -71,7 +71,7 @@ class Safety:
         metrics |= {"distance_to_concept": to_concept, "distance_of_anchor": apart}
         return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
 
-    def warning(self, means: Mapping[str, float]) -> str | None:
+    def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None
 
     def _retain(self, batch: PackedBatch, random: VisitRandom) -> Tensor:

@@ -52,11 +52,15 @@ def frozen_network(
 def new_discriminator(
     config: DiscriminatorConfig, model: FluxConfig, parallel: ParallelConfig, world: World, seed: int
 ) -> Discriminator:
-    """Heads on the blocks of a network of the shape `model`, sharded like it."""
+    """Heads on the blocks of a network of the shape `model`, sharded like it.
+
+    They compute in float32, whatever the network does: a gradient penalty is the difference of two verdicts on features
+    a hundredth apart, which bfloat16 rounds away. They are a hundredth of a step's cost.
+    """
     with torch.device("meta"):
         heads = len(config.blocks_of(model))
         discriminator = Discriminator(heads, model.hidden_size, config.channels, model.vec_in_dim)
-    shard(discriminator, world.mesh, parallel, parallel.param_dtype)
+    shard(discriminator, world.mesh, parallel)
     discriminator.to_empty(device="cpu" if parallel.cpu_offload else world.device)
     initialise(discriminator, model.init, seed)
     return discriminator

@@ -8,7 +8,7 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from kontext_train.config import check, check_weights, with_absolute_paths
+from kontext_train.config import check, check_relations, check_weights, with_absolute_paths
 from kontext_train.errors import ConfigError
 from kontext_train.export import main as export_main
 from kontext_train.objectives.config import SafetyConfig
@@ -176,6 +176,24 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
             ["stage=guidance_distillation", "model.guidance_embed=false", "weights.guidance_in=require"],
             r"model\.guidance_embed=False: but guidance_distillation trains a student that is told",
         ),
+        (
+            ["stage=ladd", "objective.student_guidance=4"],
+            r"student_guidance=4\.0: has no effect: model\.",
+        ),
+        (["stage=ladd", "objective.gradient_penalty_std=0.5"], r"_penalty_std=0\.5: has no effect: .*_penalty is 0"),
+        (
+            ["stage=ladd", "checkpoint.keep_best=1", "checkpoint.best_by=validation/loss_t3"],
+            r"checkpoint\.best_by='validation/loss_t3': is the velocity's, which says nothing about a student",
+        ),
+        (
+            ["stage=ladd", "weights.teacher=quickstart/encoders", "weights.student=null"],
+            r"weights\.student=None: must be given: this stage goes on from weights that exist",
+        ),
+        (["stage=ladd", "data.prompt_dropout=0.1"], r"data\.prompt_dropout=0\.1: must be 0: what this stage trains"),
+        (
+            ["stage=guidance_distillation", "+data.sources.a={path: /, prompt_dropout: 0.2}", "data.train=''"],
+            r"data\.sources\.a\.prompt_dropout=0\.2: must be 0: what this stage trains",
+        ),
         (["stage=guidance_distillation", "objective.guidance=[4,2]"], r"objective\.guidance=.*: must be a lower and a"),
         (["stage=guidance_distillation", "objective.interval=[0,2]"], r"objective\.interval=.*: must be an earlier"),
     ],
@@ -183,6 +201,22 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
 def test_stages_check_their_roles_and_options(shards: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(small_config(shards, tmp_path, "weights.student=quickstart/encoders", *overrides), 2)
+
+
+@pytest.mark.parametrize("stage", ["ladd", "guidance_distillation"])
+def test_a_student_of_distillation_begins_as_its_teacher(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/tmp")
+    config = with_absolute_paths(compose_config(f"stage={stage}", "weights.teacher=t.safetensors"))
+    assert config.weights.student == config.weights.teacher == "/tmp/t.safetensors"
+    assert compose_config(f"stage={stage}", "weights={teacher: t, student: s}").weights.student == "s"
+
+
+@pytest.mark.parametrize("stage", ["ladd", "guidance_distillation"])
+def test_a_mixture_keeps_the_prompts_of_distillation(stage: str) -> None:
+    paths = ("data=mixture", "data.sources.edits.path=/a", "data.sources.text_to_image.path=/b")
+    with pytest.raises(ConfigError, match=r"data\.sources\.text_to_image\.prompt_dropout=0\.2: must be 0"):
+        check_relations(compose_config(f"stage={stage}", *paths), 1)
+    check_relations(compose_config(f"stage={stage}", *paths, "data.sources.text_to_image.prompt_dropout=0"), 1)
 
 
 def test_weights_to_begin_with_must_exist() -> None:

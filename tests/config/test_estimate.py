@@ -58,6 +58,11 @@ def test_shards_and_a_simulation(shards: Path) -> None:
     assert "all-gather of 4 ranks, GB" in text
 
 
+def row(text: str, name: str) -> list[str]:
+    (line,) = re.findall(rf"^  {re.escape(name)} {{2,}}(.+)$", text, re.MULTILINE)
+    return re.split(" {2,}", line.strip())
+
+
 def test_ladd_costs_eight_forward_passes() -> None:
     """Instead of three."""
     rows = {}
@@ -66,6 +71,7 @@ def test_ladd_costs_eight_forward_passes() -> None:
         names = ("useful TFLOP", "computed TFLOP")
         found = [re.search(rf"^  {name} +([\d.]+)", text, re.MULTILINE) for name in names]
         rows[stage] = [float(match[1]) for match in found if match]
+        assert row(text, "in forward passes")[0] == {"flow_finetune": "3.00", "ladd": "8.00"}[stage]
     useful, computed = (b / a for a, b in zip(rows["flow_finetune"], rows["ladd"], strict=True))
     assert useful == pytest.approx(8 / 3, rel=0.02)
     assert computed == pytest.approx(8 / 3, rel=0.02)
@@ -76,6 +82,15 @@ def test_recipes_compose_for_64_gpus() -> None:
         config = composed(f"experiment={recipe}", "world=64")
         assert config.parallel.activation_checkpointing.value == "selective"
         assert config.data.tokens_per_pack % 8704 == 0
+
+
+@pytest.mark.parametrize(("recipe", "passes"), [("pro", "8.00"), ("dev", "5.00")])
+def test_distillation_fits_on_64_h100s(recipe: str, passes: str) -> None:
+    """With the checkpointing of its recipe; the control is without any."""
+    text = estimated(composed(f"experiment={recipe}", "world=64"))
+    assert row(text, "fits") == ["NO", "yes", "yes"]
+    assert row(text, "in forward passes")[:3] == [passes] * 3
+    assert len(row(text, "the peak is in")) == 3  # cells that are told apart
 
 
 @pytest.mark.parametrize(

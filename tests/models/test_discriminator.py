@@ -3,7 +3,7 @@
 import torch
 
 from kontext_train.models.config import FluxConfig, InitConfig
-from kontext_train.models.discriminator import Convolution, Discriminator, neighbours
+from kontext_train.models.discriminator import Convolution, Discriminator, Head, neighbours
 from kontext_train.models.sequence import SampleShape
 from kontext_train.models.weights import initialise
 
@@ -36,6 +36,21 @@ def small() -> Discriminator:
     for embedder in (model.time_in, model.vector_in):  # they start small, as FLUX's do
         torch.nn.init.normal_(embedder.out_layer.weight)
     return model
+
+
+def test_a_head_has_a_path_around_its_convolutions() -> None:
+    """With convolutions that say nothing its verdict is linear in what it reads, after the nonlinearity."""
+    model, x_MD = small(), torch.randn(15, 8)
+    head = model.heads[0]
+    assert isinstance(head, Head)
+    for convolution in (head.conv1, head.conv2):
+        torch.nn.init.zeros_(convolution.linear.weight)
+    torch.nn.init.zeros_(head.steer.weight)
+    around, own, vec = neighbours(SHAPES[:1]), torch.zeros(15, dtype=torch.long), torch.eye(3)[:1]
+    found = model([x_MD, x_MD], torch.tensor([0.5]), vec, own, around)[0]
+    expected = head.verdict(torch.nn.functional.silu(head.read(torch.nn.LayerNorm(8, elementwise_affine=False)(x_MD))))
+    torch.testing.assert_close(found, expected[:, 0], atol=1e-4, rtol=1e-4)
+    assert found.std() > 1e-2
 
 
 def test_samples_of_a_pack_are_judged_as_if_each_were_alone() -> None:

@@ -68,3 +68,29 @@ def test_the_teacher_gets_no_gradient() -> None:
     stage.loss("student", packed(4), VisitRandom(0), 0).value.backward()
     assert stage.modules["student"].scale.grad is not None
     assert stage.teacher.scale.grad is None
+
+
+class Recording(Formula):
+    """Notes the image and text tokens and the pooled vectors of each pass."""
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, t: Tensor, layout: object, guidance: Tensor | None
+    ) -> Tensor:
+        self.passes.append((img, txt, vec))
+        return super().forward(img, txt, vec, t, layout, guidance)
+
+
+def test_the_empty_pass_has_the_empty_prompt_and_the_same_contexts() -> None:
+    """Guidance is along the text alone, as users' is."""
+    batch, teacher = packed(5), Recording(teacher_formula)
+    teacher.passes = []
+    empty = (torch.full((3, TEXT), 7.0), torch.full((POOLED,), 8.0))
+    stage = GuidanceDistillation(GuidanceDistillationConfig(), Formula(teacher_formula), teacher, ShiftConfig(), empty)
+    stage.loss("student", batch, VisitRandom(0), 0)
+    (image, txt, vec), (image_empty, txt_empty, vec_empty) = teacher.passes
+    assert torch.equal(image, image_empty)
+    assert torch.equal(image[batch.layout.targets :], batch.cond.context_KC)
+    assert torch.equal(txt, batch.cond.txt_TE)
+    assert torch.equal(vec, batch.cond.vec_SP)
+    assert torch.equal(txt_empty, torch.full_like(txt, 7.0))
+    assert torch.equal(vec_empty, torch.full_like(vec, 8.0))

@@ -1,18 +1,25 @@
 """The game's rules: hinge, times, penalty, and a student that learns where the discriminator says real is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kontext_train.data.batch import PackedBatch
+from kontext_train.errors import ConfigError
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.timesteps import sampling_schedule
 from kontext_train.models.config import DiscriminatorConfig, InitConfig
+from kontext_train.models.discriminator import neighbours
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import block_features, predict_velocity
 from kontext_train.models.weights import initialise
+from kontext_train.objectives.build import build_objective
 from kontext_train.objectives.config import LaddConfig
 from kontext_train.objectives.ladd import Ladd
 from kontext_train.randomness import VisitRandom
@@ -42,13 +49,111 @@ def stage(config: LaddConfig, verdict: nn.Module, student: nn.Module | None = No
     return Ladd(config, student, teacher(), verdict, ShiftConfig(base_mu=shift, max_mu=shift), None)
 
 
-@pytest.mark.parametrize(("offset", "hinge", "accuracy"), [(0.25, 2.0, 0.5), (3.0, 4.0, 0.5), (-3.0, 4.0, 0.5)])
-def test_the_hinge_is_that_of_its_logits(offset: float, hinge: float, accuracy: float) -> None:
-    """relu(1 + made) + relu(1 - real), both logits being `offset`."""
-    loss = stage(LaddConfig(), Verdict(torch.zeros(16), offset)).loss("discriminator", packed(6), VisitRandom(0), 0)
-    assert loss.value.item() == pytest.approx(hinge)
-    assert loss.metrics["discriminator/accuracy"].item() == pytest.approx(accuracy)
-    assert loss.metrics["discriminator/accuracy_block_2"].item() == pytest.approx(accuracy)
+class Recording(nn.Module):
+    """Notes what heads are given, and says so many logits of it."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__()
+        self.verdict, self.given = verdict, tuple[Tensor, ...]()
+
+    def forward(self, features: Sequence[Tensor], *others: Tensor) -> Tensor:
+        self.given = (torch.stack(list(features)), *others)
+        return self.verdict(features)
+
+
+def by_hand(ladd: Ladd, phase: str, batch: PackedBatch, step: int) -> dict[str, Tensor]:
+    """Pictures and features [H, M, D] of a phase, made of the network's parts. The student is x -> v = z."""
+    random, own = VisitRandom(0), batch.layout.sample_of_target_M
+
+    def noised(x_MC: Tensor, purpose: str, t_S: Tensor) -> Tensor:
+        noise = random.normal(purpose, batch.visits, batch.layout.target_lengths, x_MC.shape[1])
+        return (1 - t_S[own][:, None]) * x_MC + t_S[own][:, None] * noise
+
+    def seen(x_MC: Tensor, what: str) -> Tensor:
+        z_MC = noised(x_MC, f"{what} renoise", renoise_S)
+        return torch.stack(block_features(ladd.teacher, z_MC, renoise_S, batch.cond, ladd.blocks))
+
+    start_S = ladd.student_times(phase, batch, random, step)
+    renoise_S = ladd.renoise_times(phase, batch, random)
+    z_MC = noised(batch.x_MC, f"{phase} start", start_S)
+    found = {"made": z_MC - start_S[own][:, None] * z_MC, "start": start_S, "renoise": renoise_S}
+    name = {"discriminator": "made", "student": "student"}[phase]
+    return found | {"of made": seen(found["made"], name), "of real": seen(batch.x_MC, "real")}
+
+
+def assert_given(given: tuple[Tensor, ...], features: list[Tensor], t_S: Tensor, batch: PackedBatch) -> None:
+    """Views one after the other, and every token of each with its own time, prompt and neighbours."""
+    views, own, around = len(features), batch.layout.sample_of_target_M, neighbours(batch.layout.shapes)
+    torch.testing.assert_close(given[0], torch.cat(features, 1))
+    assert torch.equal(given[1][given[3]], t_S[own].repeat(views))
+    assert torch.equal(given[2][given[3]], batch.cond.vec_SP[own].repeat(views, 1))
+    shifted = [torch.where(around < 0, around, around + i * len(own)) for i in range(views)]
+    assert torch.equal(given[4], torch.cat(shifted))
+
+
+def mean_over_samples(value_HM: Tensor, batch: PackedBatch) -> float:
+    """Of the means of each sample's tokens, over heads too."""
+    return sum(v.mean() for v in value_HM.split(batch.layout.target_lengths, 1)).item() / len(batch.visits)
+
+
+def test_heads_learn_by_the_hinge_of_real_above_made() -> None:
+    """Against logits that are computed by hand. Made and real ones differ, on both sides of 0 and of the hinge."""
+    torch.manual_seed(0)
+    heads, batch = Recording(Verdict(torch.randn(16), offset=0.3)), packed(6)
+    ladd = stage(LaddConfig(warmup_steps=0), heads)
+    loss = ladd.loss("discriminator", batch, VisitRandom(0), 0)
+    hand = by_hand(ladd, "discriminator", batch, 0)
+    assert_given(heads.given, [hand["of made"], hand["of real"]], hand["renoise"], batch)
+    made, real = (hand[f"of {what}"] @ heads.verdict.slope_D.detach() + 0.3 for what in ("made", "real"))
+    right = ((made < 0).float() + (real > 0).float()) / 2
+    hinge = mean_over_samples((1 + made).clamp(min=0) + (1 - real).clamp(min=0), batch)
+    metrics = {name.removeprefix("discriminator/"): value.item() for name, value in loss.metrics.items()}
+    assert loss.value.item() == pytest.approx(hinge, rel=1e-4)
+    expected = {f"accuracy_block_{i}": mean_over_samples(right[i : i + 1], batch) for i in range(3)}
+    expected |= {"hinge": hinge, "accuracy": mean_over_samples(right, batch)}
+    expected |= {"logit_made": mean_over_samples(made, batch), "logit_real": mean_over_samples(real, batch)}
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert abs(expected["logit_made"] - expected["logit_real"]) > 0.01  # or swapped ones would pass
+    assert abs(expected["accuracy"] - 0.5) > 0.001
+    assert abs(hinge - ((1 + made).clamp(min=0) + (1 - real).clamp(min=0)).mean().item()) > 0.01
+
+
+def test_a_step_of_the_student_raises_the_logit_of_what_it_makes() -> None:
+    """And the heads are asked about that alone, made of other noise and times than in their own turn."""
+    torch.manual_seed(0)
+    heads, batch, student = Recording(Verdict(torch.randn(16))), packed(6), Formula(lambda z, t, vec: z)
+    ladd = stage(LaddConfig(warmup_steps=0), heads, student)
+    before = ladd.loss("student", batch, VisitRandom(0), 0)
+    hand = by_hand(ladd, "student", batch, 0)
+    assert_given(heads.given, [hand["of made"]], hand["renoise"], batch)
+    logit = mean_over_samples(hand["of made"] @ heads.verdict.slope_D.detach(), batch)
+    assert before.value.item() == pytest.approx(-logit, rel=1e-4)
+    before.value.backward()
+    assert student.scale.grad is not None
+    with torch.no_grad():
+        student.scale -= 1e-2 * student.scale.grad
+    ladd.loss("student", batch, VisitRandom(0), 0)
+    after = heads.verdict(list(heads.given[0])).detach()
+    assert mean_over_samples(after, batch) > logit
+    others = by_hand(ladd, "discriminator", batch, 0)
+    assert not any(torch.equal(hand[name], others[name]) for name in ("made", "start", "renoise"))
+
+
+def test_a_student_that_embeds_guidance_is_told_its_scale() -> None:
+    student = Formula(lambda z, t, vec: z)
+    shift = ShiftConfig()
+    Ladd(LaddConfig(), student, teacher(), Verdict(torch.zeros(16)), shift, 4.0).make(
+        "student", packed(3), VisitRandom(0), 0
+    )
+    assert student.told is not None
+    assert student.told.tolist() == [4.0] * 3
+
+
+def test_a_scale_is_refused_by_a_teacher_that_is_told_none() -> None:
+    networks = {"student": Formula(lambda z, t, vec: z), "teacher": teacher(), "discriminator": nn.Identity()}
+    build_objective(LaddConfig(), networks, TINY, ShiftConfig(), None, None)
+    with pytest.raises(ConfigError, match=r"objective\.teacher_guidance=7: has no effect: weights\.teacher has no"):
+        build_objective(LaddConfig(teacher_guidance=7), networks, TINY, ShiftConfig(), None, None)
 
 
 def test_times_are_those_that_a_sampler_meets_with_their_probabilities() -> None:
@@ -99,6 +204,21 @@ def test_features_of_the_last_block_are_what_the_velocity_is_made_of() -> None:
     torch.testing.assert_close(block_features(model, batch.x_MC, t_S, batch.cond, [0])[0], first)
 
 
+def test_of_blocks_without_a_head_nothing_is_kept() -> None:
+    copies = list[torch.Size]()
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if function is torch.ops.aten.clone.default:
+                copies.append(arguments[0].shape)
+            return function(*arguments, **(options or {}))
+
+    model, batch = Flux(replace(TINY, depth=4)), packed(4)
+    with Copies():
+        block_features(model, batch.x_MC, torch.rand(4), batch.cond, [1, 5])
+    assert copies.count(torch.Size([batch.layout.targets, 16])) == 1
+
+
 def test_gradients_reach_the_student_through_the_teacher_and_only_in_its_phase() -> None:
     student, verdict = Formula(lambda z, t, vec: z), Verdict(torch.randn(16))
     ladd = stage(LaddConfig(), verdict, student)
@@ -111,27 +231,67 @@ def test_gradients_reach_the_student_through_the_teacher_and_only_in_its_phase()
     assert all(p.grad is None for p in ladd.teacher.parameters())
 
 
+HEALTHY = {
+    "diversity_made": 0.9,
+    "diversity_real": 1.0,
+    "discriminator/accuracy": 0.6,
+    "discriminator/hinge": 1.8,
+    "samples_judged": 4.0,
+}
+DEAF = {"discriminator/accuracy": 0.503, "discriminator/hinge": 1.995}
+
+
 @pytest.mark.parametrize(
-    ("means", "message"),
+    ("step", "means", "message"),
     [
-        ({"diversity_made": 0.2, "diversity_real": 1.0, "discriminator/accuracy": 0.6}, "vary 0.20 times as much"),
-        ({"diversity_made": 0.9, "diversity_real": 1.0, "discriminator/accuracy": 0.99}, "right about 99.0% of tokens"),
-        ({"diversity_made": 0.9, "diversity_real": 1.0, "discriminator/accuracy": 0.7}, None),
+        (10, {"diversity_made": 0.2}, "differ 0.20 times as much"),
+        (10, {"diversity_made": 2.5}, "differ 2.50 times as much"),
+        (10, {"discriminator/accuracy": 0.99}, "right about 99.0% of tokens"),
+        (100, DEAF, "the heads tell nothing apart (accuracy 0.503, hinge 1.995)"),
+        (10, {"samples_judged": 1.0}, "each hinge is over one sample"),
+        (10, {}, None),
+        (99, DEAF, None),  # new heads
+        (900, DEAF | {"discriminator/hinge": 1.9}, None),
+        (900, DEAF | {"discriminator/accuracy": 0.52}, None),
+        (900, {"diversity_made": 0.0, "diversity_real": 0.0}, None),  # packs of one sample
     ],
 )
-def test_collapse_is_told(means: dict[str, float], message: str | None) -> None:
-    warning = stage(LaddConfig(), Verdict(torch.zeros(16))).warning(means)
+def test_trouble_is_told(step: int, means: dict[str, float], message: str | None) -> None:
+    warning = stage(LaddConfig(), Verdict(torch.zeros(16))).warning(step, HEALTHY | means)
     assert (warning is None) if message is None else (warning is not None and message in warning)
 
 
-def test_diversity_of_a_student_that_makes_one_picture_is_near_none() -> None:
-    def blank(z: Tensor, t: Tensor, vec: Tensor) -> Tensor:
-        return z / t  # x = z - t v = 0
+def diversities(make: Callable[[Tensor], Tensor], batch: PackedBatch, config: LaddConfig) -> tuple[float, float]:
+    """Of a student that makes the picture make(z), and of real ones."""
+    student = Formula(lambda z, t, vec: (z - make(z)) / t)  # x = z - t v
+    metrics = stage(config, Verdict(torch.zeros(16)), student).loss("student", batch, VisitRandom(0), 0).metrics
+    return metrics["diversity_made"].item(), metrics["diversity_real"].item()
 
-    metrics = (
-        stage(LaddConfig(), Verdict(torch.zeros(16)), Formula(blank))
-        .loss("student", packed(8), VisitRandom(0), 0)
-        .metrics
-    )
-    assert metrics["diversity_made"].item() < 1e-6
-    assert math.isclose(metrics["diversity_real"].item(), 1.0, abs_tol=0.15)
+
+def test_one_picture_for_all_prompts_has_no_diversity() -> None:
+    """Though its tokens differ from each other as real ones do. The control makes another for each."""
+    torch.manual_seed(0)
+    batch, one = packed(16, sizes=((4, 4),)), torch.randn(16, 8)
+    config = LaddConfig(warmup_steps=0, times=[1.0], probabilities=[1], warmup_probabilities=[1])
+    made, real = diversities(lambda z: one.repeat(16, 1), batch, config)
+    assert made < 1e-5
+    assert real == pytest.approx(2 / math.pi**0.5, abs=0.05)  # E |a - b| of standard normals
+    made, real = diversities(lambda z: z, batch, config)
+    assert made == pytest.approx(real, rel=0.05)
+
+
+def test_one_picture_from_noise_is_seen_among_many_from_less_noise() -> None:
+    """A student that is right from low noise and makes one picture from noise: the common collapse."""
+    torch.manual_seed(0)
+    batch, one = packed(64, sizes=((2, 2),)), torch.randn(4, 8).repeat(64, 1)
+    config, own = LaddConfig(warmup_steps=0), batch.layout.sample_of_target_M
+    start_S = stage(config, Verdict(torch.zeros(16))).student_times("student", batch, VisitRandom(0), 0)
+    made, real = diversities(lambda z: torch.where(start_S[own][:, None] == 1, one, batch.x_MC), batch, config)
+    assert made / real < 0.2
+
+
+def test_samples_alone_in_their_size_have_no_diversity() -> None:
+    """And none that is not a number: packs of one sample, of one token, of different sizes."""
+    config = LaddConfig(warmup_steps=0)
+    for batch in (packed(1, sizes=((1, 1),)), packed(2, sizes=((2, 3), (3, 2)))):
+        assert diversities(lambda z: z, batch, config) == (0.0, 0.0)
