@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +41,8 @@ arena   serves a page where people choose between two images without knowing who
 Exit status: 0; 1 if some images were not made or not measured (each is named); 2 if an option or a file is refused.
 docs/evaluation.md says what each number means.
 """
+
+LONGEST = timedelta(days=30)  # that the first process waits for the last
 
 C = TypeVar("C", RunConfig, ScoreConfig, ReportConfig, ArenaConfig)
 
@@ -100,12 +103,30 @@ def run(config: RunConfig) -> bool:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
         return load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders, device=device)
 
+    wait = others(rank, ranks)
     made = make_images(load, benchmark, out, settings, config.making, rank, ranks, progress=rank == 0)
     share = f" (process {rank} of {ranks})" if ranks > 1 else ""
     print(f"{out}: {made.new} images made, {made.kept} were there, {len(made.failed)} failed{share}")
     for name, reason in made.failed.items():
         print(f"  {name}: {reason}", file=sys.stderr)
+    wait()
     return not made.failed
+
+
+def others(rank: int, ranks: int) -> Callable[[], None]:
+    """What waits until every process is done, however long: torchrun ends all others as soon as one fails."""
+    if ranks == 1 or "MASTER_ADDR" not in os.environ:  # processes that nobody holds together
+        return lambda: None
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(rendezvous("env://"))
+
+    def wait() -> None:
+        sys.stdout.flush()  # torchrun's end is no clean one
+        store.set(f"evaluate/{rank}", "done")
+        store.wait([f"evaluate/{other}" for other in range(ranks)], LONGEST)
+
+    return wait
 
 
 def score(config: ScoreConfig) -> bool:

@@ -141,6 +141,8 @@ class BenchmarkSlice:
         found = {}
         for number, estimates in score(open_results(out), self.metrics)["numbers"].items():
             for category, estimate in estimates["categories"].items():
+                if f"benchmark/{number}" == self.best_by.partition("/turn_")[0] and estimates["failed"]:
+                    continue  # a mean of what did not fail competes with no whole one
                 if category == ALL:
                     found[f"benchmark/{number}"] = estimate["value"]
                 elif category.startswith("turn "):
@@ -202,8 +204,9 @@ def _gives(metric: Metric, number: str, case: Case) -> bool:
         known = [*case.contexts, *([case.target] if case.target is not None else []), file]
         try:
             return number in metric.measure(Shown(case, 0, known[0]))
-        except Unmeasured:
-            return True  # it should have one
+        except Unmeasured as error:
+            rule = f"cannot be measured: {metric.name} fails on {known[0].name}: {error}"
+            raise ConfigError("checkpoint.best_by", f"benchmark/{number}", rule, "Mend that first") from error
         except LeftOut:
             return False
 

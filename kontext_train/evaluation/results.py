@@ -17,6 +17,7 @@ from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Benchmark, Case, read_benchmark
 
 SETTINGS, ASKED, SUMMARY = "settings.json", "asked.json", "summary.json"
+UNSEEN = "was not measured yet; score again"
 PLACES = (
     "name",
     "model.checkpoint",

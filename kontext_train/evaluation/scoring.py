@@ -19,21 +19,34 @@ from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import ALL, some
 from kontext_train.evaluation.metrics.base import LeftOut, Metric, SetMetric, Shown, Unmeasured
 from kontext_train.evaluation.progress import bar
-from kontext_train.evaluation.results import SUMMARY, Results, image_id, latencies, not_made, write_json, write_text
+from kontext_train.evaluation.results import (
+    SUMMARY,
+    UNSEEN,
+    Results,
+    image_id,
+    latencies,
+    not_made,
+    write_json,
+    write_text,
+)
 from kontext_train.evaluation.sets import compare, read_sets
-
-UNSEEN = "was not measured yet; score again"
 
 
 @dataclass(slots=True)
 class Scores:
-    """What one metric found, by image. Every image that is there is in one of the three."""
+    """What one metric found, by image. Every image that is there is in values, failed or left_out."""
 
     about: str
     numbers: dict[str, str]  # which way is better
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # reasons
     left_out: dict[str, str] = field(default_factory=dict)  # why the metric has nothing to say there
+    needs: dict[str, str] = field(default_factory=dict)  # of numbers: what an image without one lacks
+
+    def left_out_of(self, number: str) -> dict[str, str]:
+        """Why each image that has no such number has none."""
+        lacks = f"has not {self.needs.get(number, 'what it needs')}"
+        return self.left_out | {image: lacks for image, values in self.values.items() if number not in values}
 
 
 def score(
@@ -75,6 +88,7 @@ def read_scores(results: Results) -> dict[str, Scores]:
             {name: kept.values[name] for name in there if name in kept.values},
             {name: kept.failed.get(name, UNSEEN) for name in there if name not in known},
             {name: kept.left_out[name] for name in there if name in kept.left_out},
+            kept.needs,
         )
     return found
 
@@ -88,7 +102,7 @@ def _read(file: Path) -> Scores | None:
         except ValueError:
             break  # torn by a kill, or the end
         if scores is None:
-            scores = Scores(line["about"], line["numbers"])
+            scores = Scores(line["about"], line["numbers"], needs=line.get("needs", {}))
             continue
         for kind in (scores.values, scores.failed, scores.left_out):
             kind.pop(line["image"], None)
@@ -107,7 +121,8 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
         kept = [line for line in kept if line["image"] not in missing]
     have = {line["image"] for line in kept}
     todo = [name for name in ids if name not in have and name not in missing]
-    head = {"about": metric.about, "numbers": {number: better.value for number, better in metric.numbers.items()}}
+    numbers = {number: better.value for number, better in metric.numbers.items()}
+    head = {"about": metric.about, "numbers": numbers, "needs": {**metric.needs}}
     _write_lines(file, [head, *kept])
 
     def attempt(name: str) -> dict[str, Any]:
@@ -118,6 +133,8 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
             return _line(name, "left_out", str(reason))
         except Unmeasured as error:
             return _line(name, "failed", str(error))
+        except Exception as error:  # a library's own, such as CUDA's that memory is out: one image's, not the run's
+            return _line(name, "failed", f"{type(error).__name__}: {error}")
         if infinite := [number for number, value in found.items() if not np.isfinite(value)]:
             return _line(name, "failed", f"{', '.join(infinite)} is not finite")
         return _line(name, "values", found)
@@ -171,7 +188,7 @@ def summarise(results: Results) -> dict[str, Any]:
                 "about": scores.about,
                 "better": better,
                 "failed": scores.failed,
-                "left_out": scores.left_out,
+                "left_out": scores.left_out_of(number),
                 "categories": {category: e.as_json() for category, e in estimates.items() if e is not None},
             }
     numbers |= read_sets(results)

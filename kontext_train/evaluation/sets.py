@@ -20,7 +20,7 @@ from kontext_train.evaluation import bootstrap
 from kontext_train.evaluation.benchmark import ALL, Case
 from kontext_train.evaluation.metrics.base import SetMetric, Unmeasured, open_rgb
 from kontext_train.evaluation.progress import bar
-from kontext_train.evaluation.results import Results, image_id, not_made, part_of, write_json
+from kontext_train.evaluation.results import UNSEEN, Results, image_id, not_made, part_of, write_json
 
 EDITS, TEXT_TO_IMAGE = "edits", "text_to_image"
 GROUPS = 20  # of base images, each left out once: a set metric is a matrix decomposition
@@ -67,15 +67,18 @@ def compare(
 
 
 def read_sets(results: Results) -> dict[str, dict[str, Any]]:
-    """Numbers of the images that are there now."""
+    """Every number; one that is of other images than those that are there now has failed on what it has not seen."""
     missing = not_made(results)
     names = (image_id(case.key, seed) for case, seed in results.images() if not case.turn)
     now = [name for name in names if name not in missing]
     found: dict[str, dict[str, Any]] = {}
     for file in sorted((results.folder / "sets").glob("*.json")):
         measured = json.loads(file.read_text())
-        if measured["of"] == now:
-            found |= measured["numbers"]
+        if measured["of"] != now:
+            unseen = dict.fromkeys(sorted(set(now) - set(measured["of"])) or now, UNSEEN)
+            for number in measured["numbers"].values():
+                number |= {"categories": {}, "left_out": {}, "failed": unseen}
+        found |= measured["numbers"]
     return found
 
 
@@ -94,6 +97,8 @@ def _compared(
             side.cases.append(case)
         except Unmeasured as error:
             side.failed[image_id(case.key, seed)] = str(error)
+        except Exception as error:  # a library's own
+            side.failed[image_id(case.key, seed)] = f"{type(error).__name__}: {error}"
     by_category: dict[str, dict[str, dict[str, Any]]] = {number: {} for number in metric.numbers}
     left_out: dict[str, str] = {}
     about = metric.about

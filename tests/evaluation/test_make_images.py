@@ -1,6 +1,8 @@
 """Images are made once, with their settings beside them, by any number of processes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +170,37 @@ def test_records_are_whole_or_not_there(tmp_path: Path) -> None:
     names = {file.name for file in out.rglob("*") if file.is_file()}
     assert names == {"settings.json", "asked.json", "0000.png", "0000.json"}
     assert json.loads((out / "asked.json").read_text()) == {"seeds": 1, "per_category": None}
+
+
+STANDS_IN = """
+import os, sys, time
+import kontext_train.evaluation.trained as trained
+from kontext_train import evaluate
+from tests.evaluation.cases import Inverter
+
+class Slow(Inverter):
+    def generate(self, requests, sampler):
+        time.sleep(0.5)
+        return super().generate(requests, sampler)
+
+trained.describe_model = lambda *_: {"weights": "none"}
+trained.load_trained = lambda *_, **__: Slow()
+evaluate.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_with_a_bad_image_does_not_end_the_others(tmp_path: Path) -> None:
+    """torchrun ends all as soon as one fails. The first of two is done at once, and has nothing but a bad image."""
+    folder = benchmark(tmp_path / "b", [line(i) for i in range(20)])
+    for i in range(0, 20, 2):  # the share of the first
+        (folder / "images" / f"{i:04d}.png").write_bytes(b"no picture")
+    (tmp_path / "stands_in.py").write_text(STANDS_IN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "stands_in.py"), "run", "checkpoint=none", f"benchmark={folder}"]
+    done = subprocess.run(
+        [*command, f"out={tmp_path / 'out'}"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "10 images made, 0 were there, 0 failed (process 1 of 2)" in done.stdout, done.stderr
+    assert "0 images made, 0 were there, 10 failed (process 0 of 2)" in done.stdout
+    assert done.returncode == 1

@@ -26,6 +26,7 @@ from kontext_train.evaluation.config import InTrainingConfig, MakingConfig, Metr
 from kontext_train.evaluation.in_training import BenchmarkSlice
 from kontext_train.evaluation.metrics.base import Better, LeftOut, Shown, Unmeasured
 from kontext_train.evaluation.metrics.distribution import kernel_distance
+from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.results import Results, image_id, open_results
 from kontext_train.evaluation.scoring import complete, read_scores, score, scores_file, table
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
@@ -38,6 +39,7 @@ class Told:
 
     name = "told"
     numbers: ClassVar[Mapping[str, Better]] = {"told": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = {"told": "a buttonhole"}
     workers = 2
 
     def __init__(self, value: Callable[[Shown], float | str], about: str = "1") -> None:
@@ -99,6 +101,39 @@ def test_what_does_not_apply_is_no_failure(results: Results) -> None:
     assert told["failed"] == {}
     assert "coats" not in told["categories"]
     assert (told["categories"]["all"]["n"], told["categories"]["all"]["of"]) == (6, 8), "and it shows"
+    assert told["left_out"] == dict.fromkeys(("0006@0", "0007@0"), "has not a buttonhole")
+
+
+def test_what_a_case_lacks_is_named_by_number(tmp_path: Path) -> None:
+    """No mask, one that is white everywhere, and one that says something."""
+    rows = [line(0), *(line(i, mask_file_name=f"images/mask{i}.png") for i in (1, 2)), line(3, file_name=None)]
+    folder = benchmark(tmp_path / "b", rows)
+    for i, box in ((1, (0, 0, 48, 32)), (2, (0, 0, 24, 32))):
+        mask = Image.new("L", (48, 32))
+        mask.paste(255, box)
+        mask.save(folder / "images" / f"mask{i}.png")
+    make(Inverter(), folder, tmp_path / "out", MakingConfig(at_once=4, height=32, width=48))
+    summary = score(open_results(tmp_path / "out"), [Pixels()])
+    numbers = summary["numbers"]
+    lacks = "has not a context with a mask that is not white everywhere"
+    for name in ("untouched_mae", "untouched_colour"):
+        assert numbers[name]["left_out"] == dict.fromkeys(("0000@0", "0001@0", "0003@0"), lacks)
+        assert numbers[name]["categories"]["all"]["n"] == 1
+    assert numbers["colour_shift"]["left_out"].keys() == {"0001@0", "0002@0", "0003@0"}
+    assert numbers["target_mae"]["left_out"] == {f"000{i}@0": "has not a target" for i in range(4)}
+    assert complete(summary)
+
+
+def test_an_error_of_a_metric_is_its_images_own(results: Results) -> None:
+    def value(shown: Shown) -> float:
+        if shown.case.key == "0003":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return number(shown)
+
+    summary = score(results, [Told(value)])
+    assert summary["numbers"]["told"]["failed"] == {"0003@0": "OutOfMemoryError: CUDA out of memory"}
+    assert summary["numbers"]["told"]["categories"]["all"]["n"] == 7
+    assert not complete(summary)
 
 
 def test_only_what_is_new_is_measured_unless_the_metric_is_another(results: Results) -> None:
@@ -196,6 +231,7 @@ def read(results: Results, name: str) -> dict[str, Any]:
 class Other(Told):
     name = "other"
     numbers: ClassVar[Mapping[str, Better]] = {"other": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = {}
 
     def measure(self, shown: Shown) -> dict[str, float]:
         return {"other": super().measure(shown)["told"]}
@@ -254,7 +290,16 @@ def test_sets_are_compared_with_references_or_refused(results: Results, tmp_path
     assert about != other, "a report does not hold numbers against other real images for comparable"
     assert "apart_edits" in score(results, [Told(number)])["numbers"], "a later score of something else keeps it"
     results.image("0000", 0).unlink()
-    assert "apart_edits" not in score(results, [])["numbers"], "but not once it is of other images"
+    summary = score(results, [])
+    assert summary["numbers"]["apart_edits"]["categories"] == {}, "but no value once it is of other images"
+    assert set(summary["numbers"]["apart_edits"]["failed"]) == {f"000{i}@0" for i in range(1, 8)}
+    make(Inverter(), results.benchmark.folder, results.folder, MakingConfig(seeds=2, at_once=4))
+    summary = score(open_results(results.folder), [])
+    assert summary["numbers"]["apart_edits"]["failed"]["0003@1"] == "was not measured yet; score again"
+    assert "0003@0" not in summary["numbers"]["apart_edits"]["failed"]
+    assert not complete(summary)
+    assert "apart_edits" in table(summary)
+    results.image("0000", 0).unlink()
     (references / "z.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=r"z\.png cannot be decoded"):
         score(results, [], [Mean()], str(references))

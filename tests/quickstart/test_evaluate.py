@@ -52,7 +52,7 @@ def test_what_knows_the_answer_ranks_the_truth_first(measured: Measured, number:
     assert other == 0.0 if number == "right" else other > 0.05, f"{number} does not see {bad}"
 
 
-@pytest.mark.parametrize("number", ["untouched_mae", "untouched_psnr", "untouched_ssim", "colour_shift"])
+@pytest.mark.parametrize("number", ["untouched_mae", "untouched_psnr", "untouched_ssim", "untouched_colour"])
 def test_what_looks_outside_the_edit_cannot_tell_a_copy_but_sees_the_rest(measured: Measured, number: str) -> None:
     values = {kind: measured[kind][number]["all"] for kind in StandIn}
     assert values[StandIn.TRUTH] == values[StandIn.COPY], "they claim nothing about the edit itself"

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from kontext_train.data.transforms import to_rgb
 from kontext_train.evaluation.benchmark import Case, some
 
+CONTEXT, UNTOUCHED = "a context", "a context with a mask that is not white everywhere"  # what numbers need
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of transformers
 
 
@@ -76,6 +77,7 @@ class Metric(Protocol):
     about: str
     workers: int  # images measured at once, in threads: of use where a server does the work
     numbers: ClassVar[Mapping[str, Better]]
+    needs: ClassVar[Mapping[str, str]]  # what of a case numbers need that not every case has
 
     def measure(self, shown: Shown) -> dict[str, float]:
         """Some of `numbers`: those that the case has what it takes for. Raises Unmeasured or LeftOut."""

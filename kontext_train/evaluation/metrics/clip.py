@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, cosine, digest, load_whole
+from kontext_train.evaluation.metrics.base import CONTEXT, Better, Shown, cosine, digest, load_whole
 
 
 class ClipEmbedder:
@@ -59,6 +59,10 @@ class Clip:
         "clip_direction": Better.higher,
         "clip_image": Better.higher,
     }
+    needs: ClassVar[Mapping[str, str]] = {
+        "clip_direction": "a context and two captions that differ",
+        "clip_image": CONTEXT,
+    }
 
     def __init__(self, embedder: ClipEmbedder) -> None:
         self.embedder, self.about = embedder, embedder.about
@@ -82,6 +86,7 @@ class Aesthetic:
     name = "aesthetic"
     workers = 1
     numbers: ClassVar[Mapping[str, Better]] = {"aesthetic": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, embedder: ClipEmbedder, file: str) -> None:
         self.embedder = embedder

@@ -10,13 +10,14 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, cosine, load_whole
+from kontext_train.evaluation.metrics.base import CONTEXT, Better, Shown, cosine, load_whole
 
 
 class Dino:
     name = "dino"
     workers = 1
     numbers: ClassVar[Mapping[str, Better]] = {"dino_image": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = {"dino_image": CONTEXT}
 
     def __init__(self, folder: str, device: torch.device) -> None:
         try:

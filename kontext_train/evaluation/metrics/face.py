@@ -14,7 +14,7 @@ import onnxruntime
 from PIL import Image
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, LeftOut, Shown, cosine, digest
+from kontext_train.evaluation.metrics.base import CONTEXT, Better, LeftOut, Shown, cosine, digest
 
 SIDE = 640  # pixels that the detector sees
 STRIDES, ANCHORS = (8, 16, 32), 2  # of SCRFD's maps; anchors at each of their points
@@ -31,6 +31,7 @@ class Face:
     name = "face"
     workers = 1
     numbers: ClassVar[Mapping[str, Better]] = {"face_similarity": Better.higher, "face_found": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = dict.fromkeys(numbers, CONTEXT)
 
     def __init__(self, folder: str) -> None:
         detector, recogniser = (

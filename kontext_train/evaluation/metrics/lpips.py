@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.metrics.base import Better, Shown, digest
+from kontext_train.evaluation.metrics.base import CONTEXT, UNTOUCHED, Better, Shown, digest
 
 LINEAR = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
 SHIFT_C, SCALE_C = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for pictures in [-1, 1]
@@ -39,6 +39,11 @@ class Lpips:
         "lpips_image": Better.lower,
         "lpips_untouched": Better.lower,
         "lpips_target": Better.lower,
+    }
+    needs: ClassVar[Mapping[str, str]] = {
+        "lpips_image": CONTEXT,
+        "lpips_untouched": UNTOUCHED,
+        "lpips_target": "a target",
     }
 
     def __init__(self, file: str, device: torch.device) -> None:

@@ -19,14 +19,28 @@ TEXT_EDITING = "Text Editing"
 QUOTED = re.compile(
     r"""["“”„]([^"“”„]+)["“”]|«([^»]+)»|(?<!\w)['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))+)['’](?!\w)""",
 )
-# What the last of these says of the quote that follows it: is it to be there, to go, or only to be found?
-ROLES = re.compile(
-    r"""(?P<place>\b(?:next\sto|close\sto|above|below|under|beneath|after|before|beside|near|between)\b)
-    |(?P<old>\b(?:replac\w+|remov\w+|delet\w+|eras\w+|chang\w+|swap\w*|from|instead\sof|rather\sthan|without)\b)
-    |(?P<new>\b(?:to|with|by|into|for|be|becomes?|says?|saying|reads?|reading|writ\w+|add\w*|put\w*|insert\w*|typ\w+
-        |spell\w*|titled|label\w*|named|called|shows?|showing)\b|->|→)""",
+# What stands before a quote says whether it is to be there. A verb governs its clause: what one that changes something
+# names is old until the word that leads to the new.
+LEADS = {"change": r"to|into", "replace": r"with|by|for|to|into", "remove": ""}
+WORDS = re.compile(
+    r"""(?P<arrow>->|→)
+    |(?P<remove>\b(?:remov\w+|delet\w+|eras\w+|get(?:ting)?\srid|hid(?:e|ing)|cross(?:ing)?\b[^"“'‘«„]*?\bout|cover\w*
+        |omit\w*|clear\w*|strip\w*|drop|take\s(?:out|off|away)|wipe|scrub|eliminat\w+|strike|blank|blur|keep\w*|leav\w+
+        |preserv\w+|(?:do\snot|don['’]t|never)\s\w+)\b)
+    |(?P<replace>\b(?:replac\w+|swap\w*|substitut\w+|exchang\w+)\b)
+    |(?P<change>\b(?:chang\w+|translat\w+|fix\w*|correct\w*|turn\w*|updat\w+|modif\w+|convert\w*|edit\w*|switch\w*
+        |alter\w*|transform\w*|renam\w+|from)\b)
+    |(?P<aside>\b(?:instead\sof|rather\sthan|without|next\sto|close\sto|above|below|under|beneath|after|before|beside|near
+        |between|behind|around|over|through|across|where)\b|\b(?:in|on|of)\s*$)
+    |(?P<new>\b(?:writ\w+|add(?:ing)?|put|insert\w*|typ(?:e|ing)|print|paint|draw|engrave|create|include|display|mak(?:e|ing)\san?
+        |becomes?|(?:it|now|should|must|will|to)\s(?:now\s)?(?:says?|reads?|be|spells?|shows?)
+        |(?<!that\s)(?<!which\s)(?:say|read|spell))\b
+        |(?:^|[.;,]\s*|\b(?:and|then)\s)(?:label|title|name|call)\b)
+    |\b(?P<lead>to|into|with|by|for)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
+JOINED = re.compile(r"\s*(?:,|&|;|(?:,\s*)?\b(?:and|or)\b)\s*", re.IGNORECASE)
+OPENING = """["“„«'‘]"""
 
 
 class Ocr:
@@ -34,6 +48,7 @@ class Ocr:
     workers = 1
     about = f"RapidOCR {version('rapidocr')}"
     numbers: ClassVar[Mapping[str, Better]] = {"text_found": Better.higher, "text_similarity": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = dict.fromkeys(numbers, "a text that is asked for")
 
     def __init__(self) -> None:
         self.engine = RapidOCR(params={"Global.log_level": "error"})
@@ -54,21 +69,37 @@ class Ocr:
 def expected_texts(case: Case) -> tuple[str, ...] | None:
     """All that should be legible; nothing where none is asked for, None where that is not known.
 
-    Without `text`, of Text Editing alone: the quotes that the instruction says are to be there, or, where it says
-    nothing of any, those that it names.
+    Without `text`, of Text Editing alone: the quotes that the instruction clearly says are to be there.
     """
     if case.text is not None or case.category != TEXT_EDITING:
         return (case.text,) if case.text else ()
-    by_role: dict[str, list[str]] = {}
-    end = 0
-    for quote in QUOTED.finditer(case.instruction):
-        roles = [found.lastgroup for found in ROLES.finditer(case.instruction, end, quote.start())]
-        text = next(group for group in quote.groups() if group is not None).strip()
-        if text:
-            by_role.setdefault(roles[-1] or "" if roles else "named", []).append(text)
+    return tuple(dict.fromkeys(_new_quotes(case.instruction))) or None
+
+
+def _new_quotes(instruction: str) -> Iterator[str]:
+    verb, clause_is_new, is_new, end = "", False, False, 0
+    for number, quote in enumerate(QUOTED.finditer(instruction)):
+        if number == 0 or not JOINED.fullmatch(instruction, end, quote.start()):
+            is_new = clause_is_new
+            for word in WORDS.finditer(instruction, end, quote.start()):
+                kind = word.lastgroup or ""
+                if kind in LEADS:
+                    verb, clause_is_new = kind, False
+                elif kind in ("new", "arrow") or (kind == "lead" and _leads(verb, word.group())):
+                    clause_is_new = True
+                elif kind == "lead":
+                    continue
+                is_new = clause_is_new and kind != "aside"
         end = quote.end()
-    wanted = by_role.get("new") or ([] if "old" in by_role else by_role.get("named", []))
-    return tuple(dict.fromkeys(wanted)) or None
+        if (after := re.compile(rf"\s*(\w+|->|→)[^.;]*?{OPENING}").match(instruction, end)) is not None:
+            is_new &= not (after[1] in ("->", "→") or _leads(verb, after[1]))  # the next pair of an old and a new
+        text = next(group for group in quote.groups() if group is not None).strip()
+        if text and is_new:
+            yield text
+
+
+def _leads(verb: str, word: str) -> bool:
+    return re.fullmatch(LEADS.get(verb, ""), word, re.IGNORECASE) is not None
 
 
 def compared(wanted: Sequence[str], lines: list[str]) -> dict[str, float]:

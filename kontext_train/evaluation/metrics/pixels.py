@@ -12,7 +12,7 @@ from PIL import Image
 from torchmetrics import __version__
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from kontext_train.evaluation.metrics.base import Better, Shown
+from kontext_train.evaluation.metrics.base import UNTOUCHED, Better, Shown
 
 NO_ERROR_DB = 100.0  # what PSNR is at most: equal pictures would have infinity, and so would every mean
 
@@ -25,9 +25,16 @@ class Pixels:
         "untouched_mae": Better.lower,
         "untouched_psnr": Better.higher,
         "untouched_ssim": Better.higher,
+        "untouched_colour": Better.lower,
         "colour_shift": Better.lower,
         "target_mae": Better.lower,
         "cycle_mae": Better.lower,
+    }
+    needs: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("untouched_mae", "untouched_psnr", "untouched_ssim", "untouched_colour"), UNTOUCHED),
+        "colour_shift": "a context without a mask; with one, untouched_colour is measured",
+        "target_mae": "a target",
+        "cycle_mae": "the end of a chain that comes home",
     }
 
     def measure(self, shown: Shown) -> dict[str, float]:
@@ -56,7 +63,7 @@ def untouched(image_HWC: np.ndarray, context_HWC: np.ndarray, kept_HW: np.ndarra
         "untouched_mae": float(abs(error_NC).mean()),
         "untouched_psnr": NO_ERROR_DB if mse == 0 else min(NO_ERROR_DB, float(-10 * np.log10(mse))),
         "untouched_ssim": float(ssim_1CHW[0].mean(0)[torch.from_numpy(kept_HW)].mean()),
-        "colour_shift": colour_shift(image_HWC[kept_HW], context_HWC[kept_HW]),
+        "untouched_colour": colour_shift(image_HWC[kept_HW], context_HWC[kept_HW]),
     }
 
 

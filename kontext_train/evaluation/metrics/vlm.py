@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from kontext_train.evaluation.config import VlmConfig
-from kontext_train.evaluation.metrics.base import Better, Shown, Unmeasured, open_rgb
+from kontext_train.evaluation.metrics.base import CONTEXT, Better, Shown, Unmeasured, open_rgb
 
 QUESTION = """\
 You judge an image editing system. The first images are what it was given, the last one is what it made of them.
@@ -37,6 +37,7 @@ SHOWN_CHARACTERS = 200  # of an answer that is none, in a message
 class Vlm:
     name = "vlm"
     numbers: ClassVar[Mapping[str, Better]] = {"vlm_follows": Better.higher, "vlm_keeps": Better.higher}
+    needs: ClassVar[Mapping[str, str]] = {"vlm_keeps": CONTEXT}
 
     def __init__(self, config: VlmConfig) -> None:
         assert config.url is not None
@@ -84,11 +85,15 @@ class Vlm:
 
 
 def _json_in(answer: str) -> dict[str, Any]:
-    """The object in an answer, which may stand in words or in a code block."""
-    try:
-        found = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])
-    except (ValueError, AttributeError, TypeError) as error:
-        raise Unmeasured(f"the judge gave no JSON object: {str(answer)[:SHOWN_CHARACTERS]!r}") from error
+    """The last object in an answer, which may stand in words, behind others or in a code block."""
+    decoder, found, start = json.JSONDecoder(), None, 0
+    while isinstance(answer, str) and (start := answer.find("{", start)) >= 0:
+        try:
+            found, start = decoder.raw_decode(answer, start)
+        except ValueError:
+            start += 1
+    if found is None:
+        raise Unmeasured(f"the judge gave no JSON object: {str(answer)[:SHOWN_CHARACTERS]!r}")
     return found
 
 
