@@ -82,7 +82,7 @@ def _share(value: float, sum_C: np.ndarray, count_C: np.ndarray) -> tuple[float,
 def quantile(values: Sequence[float], share: float) -> Estimate | None:
     """The value that `share` of independent values stay below; None of nothing.
 
-    The interval is between two of the sorted values, by the binomial distribution (David & Nagaraja 2003, 7.1), whatever
+    The interval is between two of the sorted values, by the binomial distribution (David & Nagaraja 2003), whatever
     theirs is. None where they are too few for both ends: 6 have a median's, 72 a 95th percentile's.
     """
     if not values:
