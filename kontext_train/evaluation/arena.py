@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.benchmark import Case
+from kontext_train.evaluation.benchmark import Case, some
 from kontext_train.evaluation.config import ArenaConfig
 from kontext_train.evaluation.rating import Vote, ratings
 from kontext_train.evaluation.report import PAGES, check_comparable
@@ -58,10 +58,12 @@ class Arena:
         self.lock = threading.Lock()
         self.votes: dict[str, dict[str, Any]] = {}  # by comparison, in the order of the votes
         self.shown: dict[str, int] = {}  # comparisons before voters' eyes
+        self.settings = [model.settings_digest for model in models]
+        self.left_out: dict[str, str] = {}  # comparisons whose vote in the file is of other images, and why
         self._read()
 
     def _read(self) -> None:
-        known = {comparison.name for comparison in self.comparisons}
+        known = {comparison.name: comparison for comparison in self.comparisons}
         lines = self.file.read_bytes().removesuffix(b"\n").split(b"\n") if self.file.is_file() else []
         for number, line in enumerate(lines if lines != [b""] else [], start=1):
             try:
@@ -70,10 +72,21 @@ class Arena:
             except (ValueError, KeyError, TypeError) as error:
                 rule = f"line {number} is no vote ({error!r})"
                 raise ConfigError("votes", str(self.file), rule, "Remove the line, or give another file") from error
-            if theirs != self.models or name not in known:
-                rule = f"line {number} is of other images or models ({', '.join(theirs)})"
+            if theirs != self.models:
+                rule = f"line {number} is of other models ({', '.join(theirs)})"
                 raise ConfigError("votes", str(self.file), rule, "Give another file")
-            self._take(vote)
+            if (reason := self._is_of_others(vote, known.get(name))) is None:
+                self._take(vote)
+            else:
+                self.left_out[name] = reason
+
+    def _is_of_others(self, vote: dict[str, Any], comparison: Comparison | None) -> str | None:
+        """Why a vote is not on what is shown now."""
+        if comparison is None:
+            return "its images are not there"
+        sides = (comparison.left, comparison.right)
+        changed = [self.models[i] for i in sides if vote["settings"][i] != self.settings[i]]
+        return f"{', '.join(changed)} had other settings" if changed else None
 
     def _take(self, vote: dict[str, Any]) -> None:
         self.votes.pop(vote["comparison"], None)
@@ -96,8 +109,8 @@ class Arena:
                 self.shown[voter] = next(i for i, c in enumerate(self.comparisons) if c.name == own[-1])
 
     def _write(self, name: str, winner: str | None, voter: str, comparison: Comparison | None) -> None:
-        vote: dict[str, Any] = {"comparison": name, "models": self.models, "winner": winner, "voter": voter}
-        vote["time"] = round(time.time())
+        vote: dict[str, Any] = {"comparison": name, "models": self.models, "settings": self.settings}
+        vote |= {"winner": winner, "voter": voter, "time": round(time.time())}
         if comparison is not None:
             left, right = self.models[comparison.left], self.models[comparison.right]
             vote |= {"left": left, "right": right, "base": comparison.case.base, "category": comparison.case.category}
@@ -152,6 +165,7 @@ class Arena:
             },
             "total": len(self.comparisons),
             "votes": given,
+            "left_out": self.left_out,
         }
 
 
@@ -166,6 +180,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
         wrong.append("voter")
     if not isinstance(vote["models"], list) or not all(isinstance(model, str) for model in vote["models"]):
         wrong.append("models")
+    elif not isinstance(vote["settings"], list) or len(vote["settings"]) != len(vote["models"]):
+        wrong.append("settings")
     elif vote["winner"] is not None:
         wrong += [side for side in ("left", "right") if vote[side] not in vote["models"]]
     if wrong:
@@ -197,6 +213,10 @@ def _is_voter(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[0-9a-z]{1,32}", name) is not None
 
 
+def _is_length(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) <= MOST_BYTES
+
+
 def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
     """A server, not started yet."""
     page = (PAGES / "arena.html").read_bytes()
@@ -214,9 +234,15 @@ def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
                 case ["export"]:
                     self._json(arena.export())
                 case ["image", number, which] if self._is_image(number, which):
-                    self._answer(arena.picture(int(number), which).read_bytes(), "application/octet-stream")
+                    self._picture(arena.picture(int(number), which))
                 case _:
                     self.send_error(HTTPStatus.NOT_FOUND)
+
+        def _picture(self, file: Path) -> None:
+            try:
+                self._answer(file.read_bytes(), "application/octet-stream")
+            except FileNotFoundError:
+                self.send_error(HTTPStatus.NOT_FOUND, "The image's file is gone")
 
         @staticmethod
         def _is_image(number: str, which: str) -> bool:
@@ -225,22 +251,24 @@ def arena_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
             contexts = len(arena.comparisons[int(number)].case.contexts)
             return which in ("left", "right") or (which.isdecimal() and int(which) < contexts)
 
+        @staticmethod
+        def _is_number(number: object) -> bool:
+            return type(number) is int and 0 <= number < len(arena.comparisons)  # true is an int to isinstance
+
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
+            length = self.headers.get("Content-Length", "")
             # Another site's page could send a form here, but no JSON without asking first.
-            if length > MOST_BYTES or self.headers.get_content_type() != "application/json":
+            if not _is_length(length) or self.headers.get_content_type() != "application/json":
                 self.send_error(HTTPStatus.BAD_REQUEST)
                 return
             try:
-                given = json.loads(self.rfile.read(length))
+                given = json.loads(self.rfile.read(int(length)))
                 voter = given["voter"]
                 if not _is_voter(voter):
                     raise ValueError(voter)
                 if self.path == "/undo":
                     arena.undo(voter)
-                elif (
-                    self.path == "/vote" and given["winner"] in SCORES and 0 <= given["number"] < len(arena.comparisons)
-                ):
+                elif self.path == "/vote" and given["winner"] in SCORES and self._is_number(given["number"]):
                     arena.vote(given["number"], given["winner"], voter)
                 else:
                     raise ValueError(self.path)
@@ -272,6 +300,9 @@ def serve(models: Sequence[Results], config: ArenaConfig) -> None:
         raise ConfigError("port", config.port, f"cannot be served on: {error}", "Give another port=, or 0") from error
     address = f"http://{config.host}:{server.server_port}/"
     print(f"{address}   {len(arena.votes)} of {len(arena.comparisons)} votes are in {config.votes}", flush=True)
+    if arena.left_out:
+        told = some([f"{name} ({reason})" for name, reason in arena.left_out.items()])
+        print(f"{len(arena.left_out)} votes there are of other images and do not count: {told}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -1,7 +1,9 @@
-"""Ratings from pairwise votes: Bradley–Terry strengths on the scale of Elo, with bootstrap intervals.
+"""Ratings from pairwise votes: Bradley–Terry strengths on the scale of Elo, with intervals of a Bayesian bootstrap.
 
 P(i beats j) = s_i / (s_i + s_j) (Bradley & Terry 1952); a rating is 400 log10 s, 1000 on average, so 400 more means ten
-wins to one. A tie is half a win for each. Models that met get one tie on top, or one that never lost would be infinite.
+wins to one. A tie is half a win for each. Models that met get one more base image on top, tied, or one that never lost
+would be infinite. Draws weigh base images at random (Rubin 1981) and each side of that tie too: for two models and one
+vote a base image this is Jeffreys' interval, which is no certainty after any number of votes for one side.
 
 Legend: K models; R bootstrap draws; C clusters of votes.
 """
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from kontext_train.evaluation.bootstrap import LEVELS, Estimate
+from kontext_train.evaluation.bootstrap import FEW, LEVELS, Estimate
 
 DRAWS = 1000
 ROUNDS = 2000  # of the iteration, at most
@@ -31,7 +33,10 @@ class Vote:
 
 
 def ratings(models: Sequence[str], votes: Sequence[Vote]) -> dict[str, dict[str, Any]] | None:
-    """{model: {value, low, high, n}}; None while not every model is compared to every other, directly or not."""
+    """{model: {value, low, high, n}}; None while not every model is compared to every other, directly or not.
+
+    low and high are None where votes are on FEW base images or fewer.
+    """
     number = {model: i for i, model in enumerate(models)}
     clusters = {cluster: i for i, cluster in enumerate(dict.fromkeys(vote.cluster for vote in votes))}
     wins_CKK = np.zeros((len(clusters), len(models), len(models)))
@@ -43,15 +48,15 @@ def ratings(models: Sequence[str], votes: Sequence[Vote]) -> dict[str, dict[str,
     met_KK = (wins_KK + wins_KK.T) > 0
     if connected_components(met_KK, directed=False)[0] > 1:
         return None
-    prior_KK = met_KK / 2
+    clusters_KK = (wins_CKK + wins_CKK.transpose(0, 2, 1) > 0).sum(0)
+    prior_KK = (wins_KK + wins_KK.T) / np.maximum(clusters_KK, 1) / 2  # as many votes as a base image has
     value_K = elo(bradley_terry((wins_KK + prior_KK)[None]))[0]
-    times_RC = np.random.default_rng(0).multinomial(
-        len(clusters), np.full(len(clusters), 1 / len(clusters)), size=DRAWS
-    )
-    drawn_RKK = np.einsum("rc,cij->rij", times_RC.astype(float), wins_CKK) + prior_KK
+    rng = np.random.default_rng(0)
+    weight_RC, tie_RKK = rng.gamma(1, size=(DRAWS, len(clusters))), rng.gamma(0.5, size=(DRAWS, *prior_KK.shape))
+    drawn_RKK = np.einsum("rc,cij->rij", weight_RC, wins_CKK) + 2 * tie_RKK * prior_KK
     low_K, high_K = np.percentile(elo(bradley_terry(drawn_RKK)), LEVELS, axis=0)
     n_K = (wins_KK + wins_KK.T).sum(1)
-    several = len(clusters) > 1
+    several = len(clusters) > FEW
     return {
         model: Estimate(
             float(value_K[i]), float(low_K[i]) if several else None, float(high_K[i]) if several else None, int(n_K[i])

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.benchmark import Case
+from kontext_train.evaluation.benchmark import ALL, Case
 from kontext_train.evaluation.results import Results, image_id, not_made
 from kontext_train.evaluation.scoring import read_scores, summarise
 
@@ -56,7 +56,11 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
         _check_measured(model)
     summaries = [summarise(model) for model in models]  # not summary.json: images may have come or gone since
     values, missing = [_values(model) for model in models], [not_made(model) for model in models]
-    cases = {image_id(case.key, seed): (case, seed) for model in models for case, seed in model.images()}
+    cases = {
+        image_id(case.key, seed): (case, seed, model.benchmark.folder)
+        for model in models
+        for case, seed in model.images()
+    }
     return {
         "benchmark": models[0].benchmark.name,
         "models": [
@@ -71,7 +75,7 @@ def gathered(models: Sequence[Results], names: Sequence[str], out: Path) -> dict
             for name, summary in zip(names, summaries, strict=True)
         ],
         "differences": _differences(models, summaries, values),
-        "images": [_image(models, values, missing, case, seed, out) for case, seed in cases.values()],
+        "images": [_image(models, values, missing, *case, out) for case in cases.values()],
     }
 
 
@@ -95,23 +99,23 @@ def _differences(
 ) -> list[dict[str, Any]]:
     """Of each model to the first, over the pairs that both have: an interval without 0 tells them apart.
 
-    None where they share no pair, or where two models of a metric gave the numbers.
+    By category and over all; none where they share no pair, or where two models of a metric gave the numbers.
     """
     bases = {image_id(case.key, seed): case for model in models for case, seed in model.images() if not case.turn}
     found = []
     for own, summary in zip(values, summaries, strict=True):
-        differences: dict[str, dict[str, Any] | None] = {}
+        differences: dict[str, dict[str, Any]] = {}
         for number, first in summaries[0]["numbers"].items():
             if summary["numbers"].get(number, first)["about"] != first["about"]:
-                differences[number] = None  # by two models of a metric: the page names both
-                continue
-            pairs = [
-                (case.base, own[image][number] - values[0][image][number])
-                for image, case in bases.items()
-                if number in own.get(image, {}) and number in values[0].get(image, {})
-            ]
-            estimate = bootstrap.mean(pairs)
-            differences[number] = None if estimate is None else estimate.as_json()
+                continue  # by two models of a metric: the page names both
+            pairs: dict[str, list[tuple[str, float]]] = {}
+            for image, case in bases.items():
+                if number in own.get(image, {}) and number in values[0].get(image, {}):
+                    difference = own[image][number] - values[0][image][number]
+                    for category in (case.category, ALL):
+                        pairs.setdefault(category, []).append((case.base, difference))
+            estimates = {category: bootstrap.mean(found) for category, found in pairs.items()}
+            differences[number] = {category: e.as_json() for category, e in estimates.items() if e is not None}
         found.append(differences)
     return found
 
@@ -122,10 +126,11 @@ def _image(
     missing: Sequence[dict[str, str]],
     case: Case,
     seed: int,
+    folder: Path,
     out: Path,
 ) -> dict[str, Any]:
-    name, folder = image_id(case.key, seed), models[0].benchmark.folder
-    made = []
+    """folder: of the benchmark that the case is of: another model's may be a copy elsewhere."""
+    name, made = image_id(case.key, seed), []
     for number, model in enumerate(models):
         file = model.image(case.key, seed)
         error = missing[number].get(name) or (None if file.is_file() else "was not asked for")

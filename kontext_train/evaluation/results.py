@@ -7,6 +7,7 @@ scores/METRIC.jsonl            what `scoring.py` measured; sets/ and features/: 
 summary.json
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ class Results:
     @property
     def name(self) -> str:
         return self.settings["name"]
+
+    @property
+    def settings_digest(self) -> str:
+        """Of all settings that decide a pixel."""
+        told = {key: value for key, value in _flat(self.settings).items() if key not in PLACES}
+        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def images(self) -> list[tuple[Case, int]]:
         """Every image that was asked for, made or not."""

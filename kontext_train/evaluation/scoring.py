@@ -31,6 +31,8 @@ from kontext_train.evaluation.results import (
 )
 from kontext_train.evaluation.sets import compare, read_sets
 
+YES_NO = ("face_found", "text_found", "right")  # numbers that are 1 or 0 of an image; the last is the quickstart's
+
 
 @dataclass(slots=True)
 class Scores:
@@ -182,7 +184,8 @@ def summarise(results: Results) -> dict[str, Any]:
                 case = cases[image]
                 for category in (case.category,) if case.turn else (case.category, ALL):
                     by_category.setdefault(category, []).append((case.base, values[number]))
-            estimates = {category: bootstrap.mean(found) for category, found in by_category.items()}
+            yes_no = number in YES_NO
+            estimates = {c: bootstrap.mean(found, yes_no=yes_no) for c, found in by_category.items()}
             numbers[number] = {
                 "metric": name,
                 "about": scores.about,
@@ -214,8 +217,8 @@ def latency(results: Results) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for made_on, images in latencies(results).items():
         seconds = [value for value in images if value is not None]
-        median = bootstrap.of_sample(seconds, np.median)
-        p95 = bootstrap.of_sample(seconds, lambda values, axis: np.percentile(values, 95, axis=axis))
+        median = bootstrap.quantile(seconds, 0.5)
+        p95 = bootstrap.quantile(seconds, 0.95)
         quantiles = {"median_s": median, "p95_s": p95}
         found[made_on] = {name: e.as_json() if e is not None else None for name, e in quantiles.items()}
         found[made_on]["images"] = len(images)

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from kontext_train.errors import ConfigError
 from kontext_train.evaluation.arena import Arena, arena_server
 from kontext_train.evaluation.config import ArenaConfig, MakingConfig
-from kontext_train.evaluation.metrics.base import LeftOut, Shown
+from kontext_train.evaluation.metrics.base import LeftOut, Shown, Unmeasured
 from kontext_train.evaluation.metrics.pixels import Pixels
 from kontext_train.evaluation.report import gathered, write_report
 from kontext_train.evaluation.results import Results, open_results
@@ -213,7 +215,7 @@ def test_a_report_is_of_the_images_of_now(tmp_path: Path) -> None:
 
 
 def test_numbers_of_two_metric_models_are_not_subtracted(tmp_path: Path, page: Page) -> None:
-    folder, found = benchmark(tmp_path / "b", [line(i) for i in range(3)]), []
+    folder, found = benchmark(tmp_path / "b", [line(i) for i in range(5)]), []
     for name, about in (("a", "torchmetrics 1"), ("b", "torchmetrics 2"), ("c", "torchmetrics 1")):
         metric = Pixels()
         metric.about = about
@@ -225,6 +227,100 @@ def test_numbers_of_two_metric_models_are_not_subtracted(tmp_path: Path, page: P
     expect(row.locator("th")).to_contain_text("not comparable: torchmetrics 1 | torchmetrics 2")
     assert "\n" not in row.locator("td").nth(1).inner_text(), "no difference is shown"
     assert "0 [0, 0]" in row.locator("td").nth(2).inner_text()
+
+
+def test_two_copies_of_one_benchmark_are_compared(tmp_path: Path) -> None:
+    """Each model's pictures are looked for in its own."""
+    found = []
+    for name, count in (("a", 1), ("b", None)):
+        folder = benchmark(tmp_path / f"copy_{name}", [line(i) for i in range(3)])
+        make(Inverter(), folder, tmp_path / name, MakingConfig(per_category=count))
+        found.append(open_results(tmp_path / name))
+        score(found[-1], [Pixels()])
+    write_report(found, tmp_path / "report")
+    assert len(list((tmp_path / "report" / "images" / "benchmark" / "images").iterdir())) == 3
+
+
+def test_what_a_metric_failed_on_comes_first(tmp_path: Path, page: Page) -> None:
+    make(Inverter(), benchmark(tmp_path / "b", [line(i) for i in range(4)]), tmp_path / "out")
+    results = open_results(tmp_path / "out")
+
+    class Weak(Pixels):
+        def measure(self, shown: Shown) -> dict[str, float]:
+            if shown.case.key == "0002":
+                raise Unmeasured("cannot see")
+            return super().measure(shown)
+
+    score(results, [Weak()])
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    expect(page.locator("#rows .row p").first).to_contain_text("0002@0")
+
+
+def test_the_viewer_shows_references_and_no_other_pairs_image(tmp_path: Path, page: Page) -> None:
+    rows = [line(0, reference_file_names=["images/r1.png", "images/r2.png"]), line(1, file_name=None)]
+    make(Inverter(), benchmark(tmp_path / "b", rows), tmp_path / "out")
+    results = open_results(tmp_path / "out")
+    score(results, [Pixels()])
+    results.image("0001", 0).unlink()
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    page.select_option("#order", label="as in the benchmark")
+    page.locator("#rows .row").first.locator("img").nth(2).click()
+    assert shown_image(page).endswith("r2.png"), "the one that was clicked"
+    for expected in ("r1.png", "r2.png"):
+        page.keyboard.press("r")
+        assert shown_image(page).endswith(expected)
+    page.keyboard.press("1")
+    for expected in ("r2.png", "model_0/seed_0/0000.png"):
+        page.keyboard.press("x")
+        assert shown_image(page).endswith(expected), "a reference and an image back and forth"
+    shoot(page, "references")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#caption")).to_have_text("0001@0: nothing to show")
+    assert shown_image(page) == ""
+    assert page.locator("#choices button").count() == 0
+
+
+def test_keys_are_shown(report: Page) -> None:
+    report.keyboard.press("?")
+    expect(report.locator("#help")).to_be_visible()
+    expect(report.locator("#viewer")).to_be_hidden()
+    shoot(report, "help")
+    report.keyboard.press("j")
+    report.keyboard.press("?")
+    expect(report.locator("#help")).to_be_hidden()
+    report.keyboard.press("Enter")
+    report.keyboard.press("?")
+    expect(report.locator("#help")).to_be_visible()
+    report.keyboard.press("Escape")
+    expect(report.locator("#viewer")).to_be_visible()
+
+
+def test_a_curve_of_fewer_and_fewer_chains_is_drawn_of_the_same_ones_too(tmp_path: Path, page: Page) -> None:
+    chains = [{"key": f"c{i}", "file_name": f"images/c{i}.png", "instructions": ["a", "b", "c"]} for i in range(6)]
+
+    class Fading(Pixels):
+        """Chains are 1, 2, ... at every turn: none drifts; those with small numbers are lost."""
+
+        def measure(self, shown: Shown) -> dict[str, float]:
+            chain = int(shown.case.key[1])
+            if chain < 2 * (shown.case.turn - 1):
+                raise LeftOut("nothing is untouched")
+            return {"untouched_mae": float(chain)}
+
+    make(Inverter(), benchmark(tmp_path / "b", [line(0)], chains), tmp_path / "out")
+    results = open_results(tmp_path / "out")
+    for case in results.benchmark.pairs:
+        results.image(case.key, 0).unlink()
+    score(results, [Fading()])
+    page.goto(write_report([results], tmp_path / "report").as_uri())
+    chart = page.locator("#drift svg[aria-label='untouched_mae by turn']")
+    assert chart.locator("text.n").all_text_contents() == ["n=6", "n=4", "n=2"]
+    points = chart.locator("polyline").evaluate_all("(lines) => lines.map((line) => line.getAttribute('points'))")
+    every, same = ([float(point.split(",")[1]) for point in line.split()] for line in points)
+    assert every[0] > every[1] > every[2], "who remains is worse: this is no drift"
+    assert len(set(same)) == 1
+    chart.scroll_into_view_if_needed()
+    shoot(page, "same_chains")
 
 
 def test_names_of_files_may_have_any_sign(tmp_path: Path, page: Page) -> None:
@@ -333,6 +429,7 @@ def test_a_session_goes_on_where_it_was(served: tuple[Arena, str], models: list[
         ({"left": "stranger"}, r"left 'stranger'"),
         ({"models": "ab"}, r"models 'ab'"),
         ({"models": [1, 2]}, r"models \[1, 2\]"),
+        ({"settings": ["x"]}, r"settings \['x'\]"),
         ({"base": None}, r"base None"),
         ({"category": []}, r"category \[\]"),
         ({"comparison": ["x"]}, r"comparison \['x'\]"),
@@ -411,6 +508,26 @@ def test_what_a_metric_leaves_out_is_listed(tmp_path: Path, page: Page) -> None:
     expect(page.locator("#failures")).to_contain_text("Every image was made")
 
 
+def test_votes_on_images_of_other_settings_do_not_count(models: list[Results], tmp_path: Path) -> None:
+    file = tmp_path / "votes.jsonl"
+    before = Arena(models, file, seed=0)
+    for number in range(len(before.comparisons)):
+        before.vote(number, "left", "me")
+    truth, copy, noise = models
+    again = Arena([truth, copy, replace(noise, settings=noise.settings | {"making": "another"})], file, seed=0)
+    of_noise = {c.name for c in before.comparisons if 2 in (c.left, c.right)}
+    assert again.left_out == dict.fromkeys(of_noise, "noise had other settings")
+    assert again.votes.keys() == before.votes.keys() - of_noise
+    assert again.export()["left_out"] == again.left_out
+    moved = replace(noise, settings=noise.settings | {"name": "noise"})
+    assert Arena([truth, copy, moved], file, seed=0).left_out == {}
+    gone = before.comparisons[0]
+    shown = Arena(models, file, seed=0)
+    file.write_text(file.read_text().replace(gone.name, "0000@7:0-1"))
+    shown = Arena(models, file, seed=0)
+    assert shown.left_out == {"0000@7:0-1": "its images are not there"}
+
+
 def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_path: Path) -> None:
     one, same, other = (Arena(models, tmp_path / "votes.jsonl", seed).comparisons for seed in (0, 0, 1))
     assert one == same
@@ -455,12 +572,21 @@ def test_the_server_gives_nothing_else(served: tuple[Arena, str], page: Page) ->
     for path in ("etc/passwd", f"image/{last}/left", "image/0/7", "image/-1/left", "image/0/../../settings.json"):
         assert request.get(address + path).status == 404, path
     wrong = [{"number": 0, "winner": "truth"}, {"number": last, "winner": "left"}, {"winner": "left"}]
+    wrong += [{"number": True, "winner": "left"}, {"number": 0.0, "winner": "left"}]
     wrong = [data | {"voter": "me"} for data in wrong]
     wrong += [{"number": 0, "winner": "left"}, {"number": 0, "winner": "left", "voter": "../me"}]
     for data in (*wrong, [1]):
         assert request.post(f"{address}vote", data=data).status == 400, data
     form = request.post(f"{address}vote", form={"number": "0", "winner": "left"})
     assert form.status == 400, "another site's form is no vote"
+    for length in ("x", "-1", "99999999", "²"):
+        with socket.create_connection(("127.0.0.1", int(address.rstrip("/").rsplit(":", 1)[1])), timeout=10) as raw:
+            head = f"POST /vote HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+            raw.sendall(head.encode("latin-1"))
+            assert b" 400 " in raw.recv(100), length
+    arena.comparisons[0] = replace(arena.comparisons[0], left_file=Path("gone.png"))
+    gone = request.get(f"{address}image/0/left")
+    assert (gone.status, gone.status_text) == (404, "The image's file is gone")
     assert arena.votes == {}
 
 

@@ -59,6 +59,29 @@ def test_ties_pull_together_and_a_model_that_never_lost_is_finite() -> None:
     assert alone["a"]["n"] == 5
 
 
+def test_intervals_of_few_votes_hold_the_truth_as_often_as_they_say() -> None:
+    for share, count in ((0.9, 10), (0.9, 5), (0.5, 10), (0.95, 20)):
+        truth, held = 1000 + 200 * np.log10(share / (1 - share)), 0
+        for seed in range(100):
+            won = np.random.default_rng(seed).random(count) < share
+            found = ratings(["a", "b"], [Vote("a", "b", float(w), i) for i, w in enumerate(won)])
+            assert found is not None
+            held += found["a"]["low"] <= truth <= found["a"]["high"]
+        assert held >= 90, (share, count)
+
+
+def test_votes_for_one_side_are_no_certainty() -> None:
+    """However many of them are on one base image: those are one opinion of one picture."""
+    for repeats in (1, 8):
+        few = ratings(["a", "b"], [Vote("a", "b", 1.0, i) for i in range(4) for _ in range(repeats)])
+        some = ratings(["a", "b"], [Vote("a", "b", 1.0, i) for i in range(6) for _ in range(repeats)])
+        assert few is not None
+        assert few["a"]["low"] is few["a"]["high"] is None, "too few"
+        assert some is not None
+        assert some["a"]["low"] < some["a"]["value"] - 100
+        assert some["a"]["value"] + 300 < some["a"]["high"]
+
+
 def test_models_that_never_met_are_not_ranked() -> None:
     votes = [Vote("a", "b", 1.0, 0), Vote("c", "d", 1.0, 1)]
     assert ratings(["a", "b", "c", "d"], votes) is None

@@ -374,12 +374,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def test_the_mean_weighs_images_and_repeats() -> None:
     estimate = bootstrap.mean([("a", 1.0), ("a", 1.0), ("b", 4.0)])
     assert estimate is not None
-    assert (estimate.value, estimate.n, estimate.low, estimate.high) == (2.0, 3, 1.0, 4.0)
+    assert (estimate.value, estimate.n) == (2.0, 3)
     assert bootstrap.mean([]) is None
-    assert bootstrap.of_sample([], np.median) is None
-    median = bootstrap.of_sample([1.0, 2.0, 9.0], np.median)
-    assert median is not None
-    assert (median.value, median.low, median.high) == (2.0, 1.0, 9.0)
 
 
 def sliced(

@@ -116,8 +116,8 @@ function numberCell(model, index, number, category) {
   if (!estimate) return null;
   const of = estimate.of > estimate.n ? ` of ${estimate.of}` : "";
   const cell = element("td", {}, interval(estimate), element("small", {}, `  n=${estimate.n}${of}`));
-  const difference = DATA.differences[index][number];
-  if (index > 0 && category === "all" && difference) {
+  const difference = DATA.differences[index][number]?.[category];
+  if (index > 0 && difference) {
     const apart = difference.low !== null && (difference.low > 0 || difference.high < 0);
     const good = (difference.value > 0) === (better[number] === "higher");
     const sign = difference.value > 0 ? "+" : "";
@@ -146,7 +146,7 @@ function drawDrift() {
   });
   $("drift").append(
     element("h2", {}, "Drift over turns"),
-    element("p", { class: "note" }, "Each turn edits the result of the one before and is held against the chain's first image (target_mae: against that turn's right image). Bands are 95 % intervals; n: chains that have the number at that turn."),
+    element("p", { class: "note" }, "Each turn edits the result of the one before and is held against the chain's first image (target_mae: against that turn's right image). Bands are 95 % intervals; n: chains that have the number at that turn. Dashed: the same chains at every turn, where that is not all of them."),
     element("div", { class: "legend" }, ...legend),
     element("div", { class: "charts" }, ...charts));
 }
@@ -158,13 +158,24 @@ function svg(tag, attributes, text) {
   return made;
 }
 
+/** [turn, mean] of the chains that have a number at every turn of its curve: none where those are all chains, or none. */
+function sameChains(number, model, curve) {
+  const turns = curve.map(([turn]) => turn);
+  const chains = rowsOf(DATA.images.filter((image) => turns.includes(image.turn)))
+    .map(([, images]) => images.map((image) => image.made[model].values[number]))
+    .filter((values) => values.length === turns.length && values.every((value) => value !== undefined));
+  if (!chains.length || curve.every(([, estimate]) => estimate.n === chains.length)) return [];
+  return turns.map((turn, i) => [turn, chains.reduce((sum, values) => sum + values[i], 0) / chains.length]);
+}
+
 function chart(number, turns) {
   const curves = DATA.models.map((model) => turns
     .map((turn) => [turn, model.numbers[number]?.categories[`turn ${turn}`]])
     .filter(([, estimate]) => estimate));
   if (curves.every((curve) => curve.length < 2)) return null;
   const [width, height, left, right, top, bottom] = [300, 204, 56, 18, 28, 40];
-  const ends = curves.flat().flatMap(([, e]) => [e.low ?? e.value, e.high ?? e.value]);
+  const same = curves.map((curve, i) => sameChains(number, i, curve));
+  const ends = [...curves.flat().flatMap(([, e]) => [e.low ?? e.value, e.high ?? e.value]), ...same.flat().map(([, value]) => value)];
   let [low, high] = [Math.min(...ends), Math.max(...ends)];
   if (high === low) [low, high] = [low - 0.5, high + 0.5];
   const span = turns.at(-1) - turns[0] || 1;
@@ -188,7 +199,10 @@ function chart(number, turns) {
     const up = curve.map(([turn, e]) => `${x(turn)},${y(e.high ?? e.value)}`);
     const down = curve.map(([turn, e]) => `${x(turn)},${y(e.low ?? e.value)}`).reverse();
     picture.append(svg("polygon", { points: [...up, ...down].join(" "), fill: colour, opacity: 0.15 }));
-    picture.append(svg("polyline", { points: curve.map(([t, e]) => `${x(t)},${y(e.value)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 2 }));
+    const line = (points, dashes) => svg("polyline", { points: points.map(([t, value]) => `${x(t)},${y(value)}`).join(" "),
+      fill: "none", stroke: colour, "stroke-width": 2, ...dashes });
+    picture.append(line(curve.map(([t, e]) => [t, e.value]), {}));
+    if (same[i].length) picture.append(line(same[i], { "stroke-dasharray": "4 4", class: "same" }));
   });
   return picture;
 }
@@ -202,8 +216,11 @@ const orders = [
   ["as in the benchmark", () => 0],
 ];
 
+/** Images that a metric failed on. */
+const failed = new Set(DATA.models.flatMap((model) => Object.values(model.numbers).flatMap((found) => Object.keys(found.failed))));
+
 function failureRank(image) {
-  if (image.made.some((made) => made.error !== null)) return -1e9;
+  if (failed.has(image.id) || image.made.some((made) => made.error !== null)) return -1e9;
   const first = numbers[0];
   if (first === undefined) return 0;
   const sign = better[first] === "higher" ? 1 : -1;
@@ -251,7 +268,7 @@ function drawRow(id, images, index) {
   }
   const [image] = images;
   row.append(element("p", {}, element("b", {}, image.instruction), element("small", { class: "note" }, `  ${image.id}, ${image.category}`)));
-  const pictures = image.contexts.map((file, i) => drawPicture(file, i ? `reference ${i}` : "context", () => openViewer(index, 0, 0)));
+  const pictures = image.contexts.map((file, i) => drawPicture(file, i ? `reference ${i}` : "context", () => openViewer(index, 0, i ? `r${i}` : 0)));
   names.forEach((name, model) => pictures.push(drawMade(image, model, name, index, 0)));
   if (image.target) pictures.push(drawPicture(image.target, "truth", () => openViewer(index, 0, "t")));
   row.append(element("div", { class: "pictures" }, ...pictures));
@@ -279,7 +296,7 @@ const seen = () => state.rows[view.row][1][view.turn];
 function choices() {
   const image = seen();
   const found = [];
-  if (image.contexts.length) found.push([0, "0 context", image.contexts[0]]);
+  image.contexts.forEach((file, i) => found.push(i ? [`r${i}`, `r reference ${i}`, file] : [0, "0 context", file]));
   names.forEach((name, i) => found.push([i + 1, `${i + 1} ${name}`, image.made[i].file]));
   if (image.target) found.push(["t", "t truth", image.target]);
   return found.filter(([, , file]) => file !== null);
@@ -294,7 +311,13 @@ function openViewer(row, turn, choice) {
 function drawViewer() {
   const image = seen();
   const options = choices();
-  if (!options.length) return void ($("caption").textContent = `${image.id}: nothing to show`);
+  if (!options.length) {
+    $("big").removeAttribute("src");
+    $("big").alt = "";
+    $("choices").replaceChildren();
+    $("caption").textContent = `${image.id}: nothing to show`;
+    return;
+  }
   const chosen = options.find(([id]) => id === view.choice) ?? options[0];
   view.choice = chosen[0];
   $("big").src = chosen[2];
@@ -312,6 +335,11 @@ function show(choice) {
   view.back = null;
   view.choice = choice;
   drawViewer();
+}
+
+function nextReference() {
+  const references = choices().map(([id]) => id).filter((id) => /^r\d+$/.test(id));
+  if (references.length) show(references[(references.indexOf(view.choice) + 1) % references.length]);
 }
 
 /** Between the two pictures that were chosen last: two models, or one and the truth. */
@@ -369,13 +397,16 @@ function next(select) {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
+  if (event.key === "?" || $("help").open) {
+    if (event.key === "?") $("help").open ? $("help").close() : $("help").showModal();
+    return;
+  }
   const inViewer = $("viewer").open;
   const own = inViewer
-    ? { ArrowRight: () => step(1), ArrowLeft: () => step(-1), j: () => step(1), k: () => step(-1), t: () => show("t"),
+    ? { ArrowRight: () => step(1), ArrowLeft: () => step(-1), j: () => step(1), k: () => step(-1), t: () => show("t"), r: nextReference,
         " ": toggle, f: () => flicker(toggle), x: swap, g: () => flicker(swap), z: () => $("stage").classList.toggle("zoomed") }
     : { j: () => focusRow(1), k: () => focusRow(-1), c: () => next($("category")), s: () => next($("order")),
-        Enter: () => state.rows.length && openViewer(state.focus, 0, 1),
-        "?": () => state.rows.length && openViewer(state.focus, 0, 0) };
+        Enter: () => state.rows.length && openViewer(state.focus, 0, 1) };
   if (inViewer && /^[0-9]$/.test(event.key)) own[event.key] = () => show(Number(event.key));
   if (event.key === "Enter" && event.target.tagName === "SUMMARY") return;
   if (own[event.key]) {
