@@ -37,7 +37,7 @@ measure() { # name, model
   say "$1 is measured"
 }
 say "training against an attacker; beside it without one. Each is attacked when it is trained"
-{ train plain objective.attack_steps=0 "$@" && measure before "$OUT/base.safetensors" &&
+{ train plain "$@" objective.attack_steps=0 && measure before "$OUT/base.safetensors" &&
   measure nonadversarial "$OUT/plain"; } &
 train adversarial "$@"
 measure after "$OUT/adversarial"

@@ -83,7 +83,7 @@ class Safety:
         return (_square_M(error_MC) * batch.token_weight_M()).sum()
 
     def _revive(self, batch: PackedBatch, random: VisitRandom) -> _Revival:
-        """Concepts drawn by the pack's first visits, so that they are the same at every world size."""
+        """Concepts drawn by the pack's first visits: the same for the same packs, whatever rank has them."""
         pack = self.concepts.pack(batch.visits[: self.config.concepts_per_pack], random)
         cond, anchor, layout = pack.concept, pack.anchor, pack.concept.layout
         t_S, noise_MC = self._times_and_noise("concept ", layout, pack.visits, batch.x_MC.shape[1], random)
