@@ -154,7 +154,7 @@ def sample(config: SampleConfig) -> list[Path]:
         check(f"result of {prompt!r}", prompt, {**given, "target": picture})
         file.parent.mkdir(parents=True, exist_ok=True)
         if config.provenance:
-            save_with_provenance(picture, file, edited=bool(contexts), tool=f"kontext_train {config.checkpoint}")
+            save_with_provenance(picture, file, edited=bool(contexts), tool="kontext_train")
         else:
             picture.save(file)
         files.append(file)
@@ -186,7 +186,9 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
             why = found.reason
             if found.score is not None:
                 why = f"{found.part} scores {found.score:.4g}, threshold {found.threshold:.4g}"
-            raise Blocked(f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written")
+            raise Blocked(
+                f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written, and a file from before stays"
+            )
 
     return check
 

@@ -44,7 +44,10 @@ def check_filter(key: str, folder: str, passed: Mapping[str, str] | None, requir
     """
     if required is None:
         return
-    name, _, digest = required.partition("@")
+    name, at, digest = required.partition("@")
+    if at and not digest:
+        hint = "Give what filter_safety printed, or the name alone"
+        raise ConfigError("data.require_safety_filter", required, "has no digest behind its @", hint)
     if passed is not None and passed["name"] == name and passed["digest"].startswith(digest):
         return
     has = "passed no safety filter" if passed is None else f"passed {passed['name']}@{passed['digest'][:12]}"

@@ -104,5 +104,5 @@ def jackknife(value: float, parts: Sequence[float], n: int) -> Estimate:
     if len(parts) < 2:
         return Estimate(value, None, None, n)
     error = NORMAL * np.sqrt((len(parts) - 1) * np.var(parts))
-    low = min(value, max(value - error, 0.0))  # KID's value itself, free of bias, may be negative
+    low = max(value - error, 0.0) if value >= 0 else value - error  # KID's value, free of bias, may be negative
     return Estimate(value, float(low), float(value + error), n)

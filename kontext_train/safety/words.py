@@ -18,7 +18,7 @@ class WordList:
     def __init__(self, path: Path) -> None:
         """ValueError, with the line, for a bad expression or an empty list."""
         self._patterns = list[re.Pattern[str]]()
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
             entry = line.strip()
             if entry and not entry.startswith("#"):
                 self._patterns.append(_pattern(f"{path}, line {number}", entry))

@@ -90,7 +90,8 @@ def test_a_distance_is_not_negative() -> None:
     found = bootstrap.jackknife(0.1, [0.0, 0.5, -0.3, 0.2], 8)
     assert found.low == 0.0
     below = bootstrap.jackknife(-0.01, [0.0, 0.5, -0.3, 0.2], 8)
-    assert below.low == -0.01, "an interval holds its value"
+    assert below.low is not None
+    assert below.low < -0.01, "an interval holds its value"
     sure = bootstrap.jackknife(5.0, [5.0, 5.1, 4.9], 8)
     assert sure.low is not None
     assert 0 < sure.low < 5

@@ -97,6 +97,7 @@ def test_a_report_opens_from_disk_with_failures_first(report: Page, models: list
     assert report.locator("#failures li").first.text_content() == "recolour_0000@0: its file is gone"
     first = report.locator("#rows .row").first
     assert first.locator(".gone").text_content() == "copy: its file is gone"
+    first.scroll_into_view_if_needed()
     report.wait_for_function("[...document.querySelectorAll('.row:first-child img')].every((i) => i.naturalWidth > 0)")
     shoot(report, "report")
 
@@ -501,9 +502,8 @@ def test_what_a_metric_leaves_out_is_listed(tmp_path: Path, page: Page) -> None:
     score(results, [Picky()])
     page.goto(write_report([results], tmp_path / "report").as_uri())
     expect(page.locator("#left_out summary").first).to_contain_text(
-        "out: not asked of 1: untouched_mae, untouched_psnr"
+        "out: not asked of 2: untouched_mae, untouched_psnr"
     )
-    expect(page.locator("#left_out summary")).to_have_count(1)  # of all the metric's numbers together
     assert "0001@0: no hat in sight" in page.locator("#left_out li").all_text_contents()
     expect(page.locator("#failures")).to_contain_text("Every image was made")
 

@@ -1,30 +1,46 @@
 """The attack stays in its ball and finds something; the loss is the one that the paper's formulas say."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kontext_train.data.batch import PackedBatch
+from kontext_train.data.config import DataConfig
+from kontext_train.data.encode import load_encoders
+from kontext_train.data.transforms import Transform
 from kontext_train.flow.config import ShiftConfig
+from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
+from kontext_train.models.config import EncoderDtype, EncodersConfig
 from kontext_train.models.kontext import Conditioning, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
-from kontext_train.objectives.concepts import ConceptBank, EncodedConcept
+from kontext_train.objectives.concept_list import Concept
+from kontext_train.objectives.concepts import ConceptBank, EncodedConcept, encode_concepts
 from kontext_train.objectives.conditioning_attack import Budget, attacked
 from kontext_train.objectives.config import SafetyConfig
 from kontext_train.objectives.safety import Safety
 from kontext_train.randomness import VisitRandom
+from quickstart.make_dataset import to_png
 from tests.models.flux_cases import random_flux
-from tests.runs import small_config
+from tests.runs import ENCODERS, small_config
 
 RANDOM, VISITS = VisitRandom(0), [7, 8]
+WAYS = [8, 7]  # visits whose way leads to the goal and to the anchor
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     torch.manual_seed(0)
     return random_flux(small_config(Path(), Path()).model)
+
+
+@pytest.fixture(scope="module")
+def other(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(3)
+    return random_flux(model.config)  # type: ignore[arg-type]
 
 
 def conditioning() -> Conditioning:
@@ -162,3 +178,105 @@ def test_gradients_reach_the_student_alone_and_not_through_the_attack(model: tor
     safety.loss("student", given, RANDOM, 0).value.backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, found[name], msg=name)
+
+
+def test_the_loss_is_what_is_kept_and_the_weighted_suppression(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    safety, given = stage(other, model, attack_steps=0, suppress_weight=3.0), batch()
+    loss = safety.loss("student", given, RANDOM, 0)
+    layout = given.layout
+    t_S, noise_MC = safety._times_and_noise("", layout, VISITS, 64, RANDOM)
+    t_M1 = t_S[layout.sample_of_target_M][:, None]
+    z_MC = (1 - t_M1) * given.x_MC + t_M1 * noise_MC
+    with torch.no_grad():
+        apart_MC = predict_velocity(other, z_MC, t_S, given.cond) - predict_velocity(model, z_MC, t_S, given.cond)
+    retain = float(sum(part.square().mean() for part in apart_MC.split(layout.target_lengths)) / 2)
+    assert retain > 0
+    assert loss.metrics["retain"] == pytest.approx(retain, rel=1e-5)
+    assert float(loss.value.detach()) == pytest.approx(retain + 3 * float(loss.metrics["suppress"]), rel=1e-5)
+
+
+def test_the_attack_is_on_the_student_as_it_is_with_each_part_s_own_budget(
+    model: torch.nn.Module, other: torch.nn.Module
+) -> None:
+    """Done once more with losses written out; the controls are another model's, and no attack."""
+    options = {"text_budget": 0.3, "pooled_budget": 0.2, "context_budget": 0.1}
+    revival = stage(other, model, goal=True, attack_steps=5, **options)._revive(batch(), RANDOM)
+    clean = stage(other, model, goal=True, attack_steps=0, **options)._revive(batch(), RANDOM)
+
+    def missed(attacked_model: torch.nn.Module, told: Conditioning) -> torch.Tensor:
+        found_MC = predict_velocity(attacked_model, clean.z_MC, clean.t_S, told)
+        return (found_MC - clean.revived_MC).square().mean(dim=1).sum()
+
+    expected, of_reference = (
+        attacked(lambda c, m=m: missed(m, c), clean.cond, Budget(0.3, 0.2, 0.1), 5, RANDOM, VISITS)  # type: ignore[misc]
+        for m in (other, model)
+    )
+    for part in ("txt_TE", "vec_SP", "context_KC"):
+        torch.testing.assert_close(getattr(revival.cond, part), getattr(expected, part))
+        if part != "context_KC":  # this batch has none
+            assert not torch.allclose(getattr(of_reference, part), getattr(expected, part))
+    with torch.no_grad():
+        assert missed(other, revival.cond) < 0.95 * missed(other, clean.cond)
+
+
+def test_the_way_to_t_ends_at_what_the_reference_makes_of_goal_or_anchor(
+    model: torch.nn.Module, other: torch.nn.Module
+) -> None:
+    """Of the goal where the visit's draw is above 0; three steps, written out."""
+    safety = stage(other, model, goal=True, attack_steps=0)
+    given = replace(batch(), visits=WAYS)
+    pack, layout = safety.concepts.pack(WAYS, RANDOM), safety.concepts.pack(WAYS, RANDOM).concept.layout
+    to_goal_S = RANDOM.normal_per_visit("concept way", WAYS) > 0
+    assert to_goal_S.tolist() == [True, False]
+    t_S, noise_MC = safety._times_and_noise("concept ", layout, WAYS, 64, RANDOM)
+    mu_S = mu_for_tokens(torch.tensor(layout.target_lengths, dtype=torch.float32), ShiftConfig())
+    times = sampling_schedule(3, mu_S)
+
+    def made(told: Conditioning) -> torch.Tensor:
+        x_MC = noise_MC
+        for now_S, next_S in pairwise(times):
+            with torch.no_grad():
+                v_MC = predict_velocity(model, x_MC, now_S, told)
+            x_MC = x_MC + (next_S - now_S)[layout.sample_of_target_M][:, None] * v_MC
+        return x_MC
+
+    first_M1 = (layout.sample_of_target_M == 0)[:, None]
+    x_MC = torch.where(first_M1, made(pack.goal), made(pack.anchor))
+    t_M1 = t_S[layout.sample_of_target_M][:, None]
+    expected_MC = (1 - t_M1) * x_MC + t_M1 * noise_MC
+    torch.testing.assert_close(safety._revive(given, RANDOM).z_MC, expected_MC, atol=1e-4, rtol=1e-4)
+
+
+def test_concepts_are_encoded_as_they_are_listed(tmp_path: Path) -> None:
+    """Prompt, anchor and goal in this order (another would teach the concept), and every context in its order."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(to_png(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)))
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    concepts = [
+        Concept("let it be red", "make it cyan", "make it red", (a, b), None),
+        Concept("a red circle", None, None, (), (32, 48)),
+        Concept("red, please", "", None, (b, a), (32, 32)),
+    ]
+    encoders = load_encoders(
+        EncodersConfig(path=str(ENCODERS), t5_tokens=16, dtype=EncoderDtype.float32), torch.device("cpu")
+    )
+    transform = Transform.of(DataConfig(), 16, 0)
+    bank = encode_concepts(concepts, encoders, transform, torch.device("cpu"))
+    assert encoders.text is not None
+    texts = [("let it be red", "make it cyan", "make it red"), ("a red circle", "", "a red circle")]
+    texts += [("red, please", "", "red, please")]
+    for one, three in zip(bank.encoded, texts, strict=True):
+        for row, text in enumerate(three):
+            txt_1LE, vec_1P = encoders.text([text])
+            assert vec_1P is not None
+            torch.testing.assert_close(one.txt_3LE[row], txt_1LE[0])
+            torch.testing.assert_close(one.vec_3P[row], vec_1P[0])
+    assert [one.turned for one in bank.encoded] == [False, True, False]
+    first, none, last = (one.context_KC for one in bank.encoded)
+    half = len(first) // 2
+    assert half > 0
+    assert len(none) == 0
+    assert not torch.allclose(first[:half], first[half:])
+    torch.testing.assert_close(last, torch.cat([first[half:], first[:half]]))
+    assert [len(one.shape.contexts) for one in bank.encoded] == [2, 0, 2]
