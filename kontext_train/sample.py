@@ -186,9 +186,8 @@ def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], No
             why = found.reason
             if found.score is not None:
                 why = f"{found.part} scores {found.score:.4g}, threshold {found.threshold:.4g}"
-            raise Blocked(
-                f"blocked: {what}, by rule {found.rule} of {path} ({why}). Nothing of it is written, and a file from before stays"
-            )
+            said = f"blocked: {what}, by rule {found.rule} of {path} ({why})"
+            raise Blocked(f"{said}. Nothing of it is written, and a file from before stays")
 
     return check
 
