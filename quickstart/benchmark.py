@@ -202,6 +202,10 @@ class Exact:
         "untouched_cell_mae": Better.lower,
         "edited_cell_mae": Better.lower,
     }
+    needs: ClassVar[Mapping[str, str]] = {
+        "untouched_cell_mae": "a cell that stays as it is",
+        "edited_cell_mae": "a cell that changes",
+    }
 
     def __init__(self, benchmark: Path) -> None:
         rows = (json.loads(line) for line in (benchmark / SCENES).read_text().splitlines())

@@ -85,9 +85,7 @@ def _new_quotes(instruction: str) -> Iterator[str]:
                 kind = word.lastgroup or ""
                 if kind in LEADS:
                     verb, clause_is_new = kind, False
-                elif kind in ("new", "arrow"):
-                    clause_is_new = True
-                elif kind == "lead" and _leads(verb, word.group()):
+                elif kind in ("new", "arrow") or (kind == "lead" and _leads(verb, word.group())):
                     clause_is_new = True
                 elif kind == "lead":
                     continue
