@@ -12,8 +12,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Case:
     turn: int = 0  # of a chain, from 1
     home: bool = False  # the chain's edits undo each other: this turn should show the first image again
     base: str = ""  # what results have in common: prompts on one image, by its place in the folder, are not independent
+    inputs: str = ""  # digest of what decides its image; a turn's, of the turns before too
+    truth: str = ""  # digest of what it is measured against
 
     @property
     def before(self) -> str:
@@ -99,7 +101,10 @@ def read_benchmark(given: str | Path, *, partial: bool = False, key: str = "benc
     _check_keys(benchmark, key)
     _check_categories(benchmark, expected, partial, key)
     _check_files(benchmark, key)
-    return Benchmark(name, folder, pairs, chains, _digest(benchmark))
+    hashes = {file: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files_of(benchmark)}
+    pairs = _with_digests(pairs, hashes)
+    chains = tuple(_with_digests(chain, hashes) for chain in chains)
+    return Benchmark(name, folder, pairs, chains, _digest(benchmark, hashes))
 
 
 def _root(given: Path, key: str) -> Path:
@@ -292,9 +297,29 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f", … {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _digest(benchmark: Benchmark) -> str:
+def _with_digests(cases: Sequence[Case], hashes: dict[Path, str]) -> tuple[Case, ...]:
+    """Of pairs, or of one chain. hashes: of every file, wherever it lies."""
+    found: list[Case] = []
+    for case in cases:
+        before = found[-1].inputs if case.turn > 1 else ""
+        contexts = [hashes[file] for file in case.contexts]
+        known = [None if file is None else hashes[file] for file in (case.target, case.mask)]
+        captions = (case.text, case.source_caption, case.target_caption)
+        inputs = _digest_of(case.instruction, contexts, case.height, case.width, before)
+        truth = _digest_of(known, captions, case.category, case.home)
+        found.append(replace(case, inputs=inputs, truth=truth))
+    return tuple(found)
+
+
+def _digest_of(*values: object) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
+
+
+def _digest(benchmark: Benchmark, hashes: dict[Path, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     lines = [benchmark.folder / name for name in ("metadata.jsonl", "chains.jsonl")]
-    for file in [*(line for line in lines if line.is_file()), *sorted(files_of(benchmark))]:
-        digest.update(hashlib.blake2b(file.read_bytes()).digest())
+    for line in lines:
+        digest.update(line.read_bytes() if line.is_file() else b"")
+    for file in sorted(hashes):
+        digest.update(hashes[file].encode())
     return digest.hexdigest()

@@ -164,6 +164,7 @@ class BenchmarkSlice:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.ascontiguousarray(images[case.key].permute(1, 2, 0).numpy())).save(file)
             record = {"key": case.key, "category": case.category, "instruction": case.instruction, "seed": 0}
+            record |= {"inputs": case.inputs, "contexts": [str(file) for file in case.contexts]}
             record |= {"request_seed": request_seed(case.key, 0), "sampler": asdict(self.making.sampler)}
             record |= {"model": model, "made_on": self.made_on, "latency_s": None, "error": None}
             write_json(file.with_suffix(".json"), record)

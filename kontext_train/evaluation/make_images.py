@@ -121,7 +121,9 @@ def make_images(
 
 def _is_there(out: Path, job: _Job) -> bool:
     record = read_record(out, job.case.key, job.seed)
-    return record is not None and record["error"] is None and image_file(out, job.case.key, job.seed).is_file()
+    if record is None or record["error"] is not None or record.get("inputs") != job.case.inputs:
+        return False
+    return image_file(out, job.case.key, job.seed).is_file()
 
 
 def _check_sizes(benchmark: Benchmark, making: MakingConfig, side: int) -> None:
@@ -207,6 +209,7 @@ class _Maker:
             "category": case.category,
             "instruction": case.instruction,
             "seed": job.seed,
+            "inputs": case.inputs,
             "contexts": [str(file) for file in (case.contexts if job.before is None else (job.before,))],
             "resolution": self.making.resolution.value,
             "sampler": asdict(self.making.sampler),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kontext_train.evaluation import bootstrap
-from kontext_train.evaluation.benchmark import ALL, some
+from kontext_train.evaluation.benchmark import ALL, Case, some
 from kontext_train.evaluation.metrics.base import LeftOut, Metric, SetMetric, Shown, Unmeasured
 from kontext_train.evaluation.progress import bar
 from kontext_train.evaluation.results import (
@@ -44,6 +44,12 @@ class Scores:
     failed: dict[str, str] = field(default_factory=dict)  # reasons
     left_out: dict[str, str] = field(default_factory=dict)  # why the metric has nothing to say there
     needs: dict[str, str] = field(default_factory=dict)  # of numbers: what an image without one lacks
+    of: dict[str, str] = field(default_factory=dict)  # which file of which case was measured
+
+    def forget(self, images: Iterable[str]) -> None:
+        for image in images:
+            for found in (self.values, self.failed, self.left_out, self.of):
+                found.pop(image, None)
 
     def left_out_of(self, number: str) -> dict[str, str]:
         """Why each image that has no such number has none."""
@@ -77,12 +83,15 @@ def scores_file(results: Results, name: str) -> Path:
 def read_scores(results: Results) -> dict[str, Scores]:
     """What was measured of the images that are there now, by metric. An image that no score has seen has failed."""
     missing = not_made(results)
-    there = [name for case, seed in results.images() if (name := image_id(case.key, seed)) not in missing]
+    images = {image_id(case.key, seed): (case, seed) for case, seed in results.images()}
+    there = {name: image for name, image in images.items() if name not in missing}
     found = {}
     for file in sorted((results.folder / "scores").glob("*.jsonl")):
         kept = _read(file)
         if kept is None:
             continue
+        there_now = {name: _of(results, case, seed) for name, (case, seed) in there.items()}
+        kept.forget([name for name, of in kept.of.items() if of != there_now.get(name)])
         known = kept.values.keys() | kept.left_out.keys()
         found[file.stem] = Scores(
             kept.about,
@@ -91,8 +100,15 @@ def read_scores(results: Results) -> dict[str, Scores]:
             {name: kept.failed.get(name, UNSEEN) for name in there if name not in known},
             {name: kept.left_out[name] for name in there if name in kept.left_out},
             kept.needs,
+            kept.of,
         )
     return found
+
+
+def _of(results: Results, case: Case, seed: int) -> str:
+    """Says whether what was measured is what is there: another image, mask or target is measured anew."""
+    state = results.image(case.key, seed).stat()
+    return f"{state.st_size} {state.st_mtime_ns} {case.inputs} {case.truth}"
 
 
 def _read(file: Path) -> Scores | None:
@@ -106,9 +122,9 @@ def _read(file: Path) -> Scores | None:
         if scores is None:
             scores = Scores(line["about"], line["numbers"], needs=line.get("needs", {}))
             continue
-        for kind in (scores.values, scores.failed, scores.left_out):
-            kind.pop(line["image"], None)
+        scores.forget([line["image"]])
         getattr(scores, line["kind"])[line["image"]] = line["found"]
+        scores.of[line["image"]] = line.get("of", "")
     return scores
 
 
@@ -116,13 +132,18 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
     file = scores_file(results, metric.name)
     before = _read(file) if file.is_file() else None
     ids = {image_id(case.key, seed): (case, seed) for case, seed in results.images()}
+    now = {name: _of(results, *image) for name, image in ids.items() if name not in missing}
     kept: list[dict[str, Any]] = []
     if before is not None and before.about == metric.about:
         known: dict[str, dict[str, Any]] = {"values": {**before.values}, "left_out": {**before.left_out}}
-        kept = [_line(name, kind, found[name]) for kind, found in known.items() for name in found]  # no failures: again
-        kept = [line for line in kept if line["image"] not in missing]
+        kept = [
+            _line(name, kind, found[name], before.of[name])
+            for kind, found in known.items()  # no failures: again
+            for name in found
+            if name in now and before.of[name] == now[name]
+        ]
     have = {line["image"] for line in kept}
-    todo = [name for name in ids if name not in have and name not in missing]
+    todo = [name for name in now if name not in have]
     numbers = {number: better.value for number, better in metric.numbers.items()}
     head = {"about": metric.about, "numbers": numbers, "needs": {**metric.needs}}
     _write_lines(file, [head, *kept])
@@ -132,14 +153,14 @@ def _measure(results: Results, metric: Metric, missing: dict[str, str], progress
         try:
             found = metric.measure(Shown(case, seed, results.image(case.key, seed)))
         except LeftOut as reason:
-            return _line(name, "left_out", str(reason))
+            return _line(name, "left_out", str(reason), now[name])
         except Unmeasured as error:
-            return _line(name, "failed", str(error))
+            return _line(name, "failed", str(error), now[name])
         except Exception as error:  # a library's own, such as CUDA's that memory is out: one image's, not the run's
-            return _line(name, "failed", f"{type(error).__name__}: {error}")
+            return _line(name, "failed", f"{type(error).__name__}: {error}", now[name])
         if infinite := [number for number, value in found.items() if not np.isfinite(value)]:
-            return _line(name, "failed", f"{', '.join(infinite)} is not finite")
-        return _line(name, "values", found)
+            return _line(name, "failed", f"{', '.join(infinite)} is not finite", now[name])
+        return _line(name, "values", found, now[name])
 
     with file.open("a", encoding="utf-8") as lines:
         for line in in_threads(attempt, todo, metric.workers, metric.name, progress):
@@ -162,9 +183,9 @@ def in_threads(
         done.close()
 
 
-def _line(image: str, kind: str, found: object) -> dict[str, Any]:
+def _line(image: str, kind: str, found: object, of: str) -> dict[str, Any]:
     """kind: a field of `Scores`."""
-    return {"image": image, "kind": kind, "found": found}
+    return {"image": image, "kind": kind, "found": found, "of": of}
 
 
 def _write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -87,16 +87,22 @@ def test_other_settings_are_refused_by_name(
         make(Inverter(), folder, out, making, **model)
 
 
-def test_a_benchmark_that_changed_is_refused_and_one_that_moved_is_not(tmp_path: Path) -> None:
-    folder, out = benchmark(tmp_path / "b", [line(0)]), tmp_path / "out"
+def test_what_changed_in_a_benchmark_is_made_anew_and_what_moved_is_not(tmp_path: Path) -> None:
+    folder, out = benchmark(tmp_path / "b", [line(0), line(1), line(2)], [CHAIN]), tmp_path / "out"
     make(Inverter(), folder, out)
     moved = folder.rename(tmp_path / "moved")
-    assert make(Inverter(), moved, out).kept == 1
+    assert make(Inverter(), moved, out).kept == 6
     save_image(moved / "images" / "0000.png", seed=99)
-    with pytest.raises(ConfigError, match=r"benchmark\.digest \(was "):
-        make(Inverter(), moved, out)
-    with pytest.raises(ConfigError, match=r"was made from another .*: lines or images there have changed"):
-        open_results(out)
+    for file, old, new in (("metadata", "hat 1", "coat"), ("chains", '"b"', '"d"')):
+        whole = moved / f"{file}.jsonl"
+        whole.write_text(whole.read_text().replace(old, new))
+    changed = {"0000@0", "0001@0", "c.turn_2@0", "c.turn_3@0"}
+    reason = "its instruction or context has changed since it was made; run again"
+    assert not_made(open_results(out)) == dict.fromkeys(changed, reason)
+    made = make(Inverter(), moved, out)
+    assert (made.new, made.kept) == (4, 2)
+    assert not_made(open_results(out)) == {}
+    np.testing.assert_array_equal(pixels(out / "images/seed_0/0000.png"), 255 - pixels(moved / "images" / "0000.png"))
 
 
 def test_a_context_that_cannot_be_read_fails_its_images_by_name(tmp_path: Path) -> None:
@@ -110,6 +116,9 @@ def test_a_context_that_cannot_be_read_fails_its_images_by_name(tmp_path: Path) 
     assert made.failed["c.turn_2@0"] == "the turn before, c.turn_1.png, was not made"
     assert not_made(open_results(out)) == made.failed
     assert set(make(Inverter(), folder, out).failed) == set(made.failed), "they are tried again"
+    save_image(folder / "images" / "0001.png", seed=1)
+    mended = make(Inverter(), folder, out)
+    assert (mended.new, mended.kept, len(mended.failed)) == (1, 2, 3), "put in its place, it is made"
 
 
 def test_latency_is_of_single_images_after_a_warm_up(tmp_path: Path) -> None:

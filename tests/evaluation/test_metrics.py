@@ -493,6 +493,9 @@ def test_a_judge_sees_both_images_and_its_marks_are_taken(
     kinds = [part["type"] for part in body["messages"][0]["content"]]
     assert (body["model"], key, kinds) == ("judge-1", "Bearer secret", ["image_url", "image_url", "text"])
     assert "add a hat" in body["messages"][0]["content"][-1]["text"]
+    last = ask('I weigh {as asked} {"follows": 1, "keeps": 1}. No: {"follows": 4, "keeps": 5} {so}', context=noise(1))
+    assert last == {"vlm_follows": 0.4, "vlm_keeps": 0.5}
+    judge.requests.pop()
     assert ask('{"follows": 3}') == {"vlm_follows": 0.3}, "without a context there is nothing to keep"
     assert [part["type"] for part in judge.requests[1][0]["messages"][0]["content"]] == ["image_url", "text"]
 

@@ -147,6 +147,20 @@ def test_only_what_is_new_is_measured_unless_the_metric_is_another(results: Resu
     assert len(other.asked) == 10
 
 
+def test_another_image_or_truth_is_measured_anew(results: Results) -> None:
+    score(results, [Told(number)])
+    save_image(results.image("0004", 0), seed=77)
+    metadata = results.benchmark.folder / "metadata.jsonl"
+    lines = metadata.read_text().replace('"add hat 2"', '"add hat 2", "target_caption": "a hat"')
+    metadata.write_text(lines)
+    results = open_results(results.folder)
+    unseen = "was not measured yet; score again"
+    assert read_scores(results)["told"].failed == {"0002@0": unseen, "0004@0": unseen}
+    again = Told(number)
+    assert complete(score(results, [again]))
+    assert sorted(again.asked) == ["0002@0", "0004@0"]
+
+
 def test_an_error_keeps_what_was_measured(results: Results) -> None:
     def value(shown: Shown) -> float:
         if shown.case.key == "0003":
