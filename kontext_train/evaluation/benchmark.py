@@ -28,6 +28,7 @@ KONTEXT_BENCH = {
 }
 ALL = "all"  # pairs, whatever their category
 SHOWN = 5  # names in a message
+LONGEST_KEY = 200  # bytes: file systems stop at 255, and more is added to it
 GET_IT = "Download all of it again, with its images (Git LFS or xet)"
 
 
@@ -155,6 +156,9 @@ def _safe_key(line: dict[str, Any], where: str, key: str) -> str:
     name = _text(line, "key", where, key)
     if name.startswith(".") or set(name) & set('/\\@\0"'):
         raise ConfigError(key, where, f"has the key {name!r}, which cannot be a file's name", "Use letters and digits")
+    if len(name.encode()) > LONGEST_KEY:
+        rule = f"has a key of {len(name.encode())} bytes, {name[:30]!r}…: files are named by it"
+        raise ConfigError(key, where, rule, f"Use at most {LONGEST_KEY}")
     return name
 
 

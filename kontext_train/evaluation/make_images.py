@@ -20,7 +20,7 @@ from kontext_train.errors import ConfigError
 from kontext_train.evaluation.benchmark import Benchmark, Case
 from kontext_train.evaluation.config import MakingConfig, Resolution
 from kontext_train.evaluation.progress import bar
-from kontext_train.evaluation.results import claim, image_file, part_of, read_record, write_json
+from kontext_train.evaluation.results import check_settings, claim, image_file, part_of, read_record, write_json
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.generate import Request
 from kontext_train.randomness import key_of
@@ -88,10 +88,10 @@ def make_images(
     Raises ConfigError if `out` holds images of other settings. A context that cannot be decoded fails its images: they
     are named in the result and in their records, and tried again next time. progress: show it on stderr.
     """
-    claim(out, settings, {"seeds": making.seeds, "per_category": making.per_category})
+    check_settings(out, settings)
     if making.per_category is not None:
         benchmark = benchmark.first(making.per_category)
-    seeds = range(making.seeds)
+    seeds, asked = range(making.seeds), {"seeds": making.seeds, "per_category": making.per_category}
     singles = [_Job(case, seed, None) for seed in seeds for case in benchmark.pairs]
     chains = [(chain, seed) for seed in seeds for chain in benchmark.chains][rank::ranks]
     rounds = [singles[rank::ranks]]  # turns of one chain come one after the other
@@ -112,9 +112,12 @@ def make_images(
         if todo and maker is None:
             model = load()
             _check_sizes(benchmark, making, model.pixels_per_token)
+            claim(out, settings, asked)  # not before: sizes that are refused must not be the folder's
             maker = _Maker(model, out, settings["model"], making, made, shown.update)
         if todo and maker is not None:
             maker.make(todo)
+    if maker is None:
+        claim(out, settings, asked)
     shown.close()
     return made
 

@@ -73,9 +73,8 @@ def image_id(key: str, seed: int) -> str:
     return f"{key}@{seed}"
 
 
-def claim(folder: Path, settings: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Make a folder that of these settings, or see that it is. ConfigError names what differs."""
-    folder.mkdir(parents=True, exist_ok=True)
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """ConfigError names what differs, where a folder is already that of other settings."""
     file = folder / SETTINGS
     if file.is_file():
         before, now = (_flat(s) for s in (json.loads(file.read_text()), settings))
@@ -84,8 +83,14 @@ def claim(folder: Path, settings: dict[str, Any], asked: dict[str, Any]) -> None
         if changed:
             rule = f"holds images of other settings: {', '.join(changed)}"
             raise ConfigError("out", str(folder), rule, "Give another folder, or the settings it has")
-    write_json(file, settings)  # all ranks may do so: they write the same
-    write_json(folder / ASKED, asked)
+
+
+def claim(folder: Path, settings: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Make a folder that of these settings, or see that it is. ConfigError names what differs."""
+    check_settings(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / ASKED, asked)  # all ranks may do so: they write the same
+    write_json(folder / SETTINGS, settings)  # last: where it is, the other is
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

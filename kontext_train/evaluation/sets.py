@@ -48,6 +48,8 @@ def compare(
     pairs = [
         (case, seed) for case, seed in results.images() if not case.turn and image_id(case.key, seed) not in missing
     ]
+    if references is not None and not Path(references).is_dir():
+        raise ConfigError("metrics.references", references, "is no folder", "Give a folder of real images")
     given = None if references is None else sorted(f for f in Path(references).iterdir() if f.suffix.lower() in IMAGES)
     real_count = len({case.target for case, _ in pairs if case.target}) if given is None else len(given)
     if real_count < LEAST or len(pairs) < LEAST:

@@ -89,6 +89,9 @@ class Aesthetic:
     needs: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, embedder: ClipEmbedder, file: str) -> None:
+        if not Path(file).is_file():
+            hint = "Give sa_0_4_vit_l_14_linear.pth, for example"
+            raise ConfigError("metrics.aesthetic", file, "is no file", hint)
         self.embedder = embedder
         self.about = f"{Path(file).name} {digest(Path(file))} on {embedder.about}"
         try:
