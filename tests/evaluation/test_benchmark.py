@@ -59,6 +59,7 @@ def test_missing_images_are_named_and_counted(tmp_path: Path) -> None:
         ([line(0, category="")], r"metadata\.jsonl line 1'.*has no category"),
         ([line(0) | {"instruction": None}], r"has no instruction"),
         ([line(0) | {"key": "../x"}], r"the key '\.\./x', which cannot be a file's name"),
+        ([line(0) | {"key": "a" * 201}], r"has a key of 201 bytes, 'aaa.*: files are named by it\. Use at most 200"),
         ([], r"holds no pairs and no chains"),
     ],
 )

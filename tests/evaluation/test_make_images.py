@@ -170,7 +170,9 @@ def test_sizes_follow_the_policy(tmp_path: Path) -> None:
     assert sizes(resolution=Resolution.kontext, height=512, width=768) == [(1456, 720), (512, 768), (32, 64)]
     with pytest.raises(ConfigError, match=r"of 0001 must be multiples of 16, the pixels of a token"):
         sizes(height=500)
-    assert not list((tmp_path / str({"height": 500})).rglob("*.png")), "0000 before it was not made either"
+    refused = tmp_path / str({"height": 500})
+    assert not list(refused.rglob("*.png")), "0000 before it was not made either"
+    assert make(Inverter(), folder, refused, MakingConfig(at_once=8, height=512)).new == 3, "nor is the folder taken"
 
 
 def test_records_are_whole_or_not_there(tmp_path: Path) -> None:

@@ -550,6 +550,8 @@ def test_a_folder_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
     for key, given in (("clip", tmp_path), ("dino", tmp_path), ("lpips", tmp_path / "weights.pth")):
         with pytest.raises(ConfigError, match=rf"metrics\.{key}="):
             build_metrics(MetricsConfig(**{key: str(given)}))
+    with pytest.raises(ConfigError, match=r"metrics\.aesthetic=.*: is no file"):
+        Aesthetic(None, str(tmp_path))  # type: ignore[arg-type]
 
 
 def test_what_needs_another_option_is_refused(tmp_path: Path) -> None:
