@@ -84,6 +84,8 @@ class Arena:
         """Why a vote is not on what is shown now."""
         if comparison is None:
             return "its images are not there"
+        if vote["winner"] is not None and vote["inputs"] != comparison.case.inputs:
+            return "its instruction or context has changed"
         sides = (comparison.left, comparison.right)
         changed = [self.models[i] for i in sides if vote["settings"][i] != self.settings[i]]
         return f"{', '.join(changed)} had other settings" if changed else None
@@ -114,6 +116,7 @@ class Arena:
         if comparison is not None:
             left, right = self.models[comparison.left], self.models[comparison.right]
             vote |= {"left": left, "right": right, "base": comparison.case.base, "category": comparison.case.category}
+            vote["inputs"] = comparison.case.inputs
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps(vote) + "\n")
@@ -172,7 +175,9 @@ class Arena:
 def _parsed(line: bytes) -> dict[str, Any]:
     """A vote, or one taken back, with all its fields. Raises ValueError, KeyError or TypeError."""
     vote = json.loads(line)
-    fields = ("comparison",) if vote["winner"] is None else ("comparison", "left", "right", "base", "category")
+    fields = (
+        ("comparison",) if vote["winner"] is None else ("comparison", "left", "right", "base", "category", "inputs")
+    )
     wrong = [name for name in fields if not isinstance(vote[name], str)]
     if vote["winner"] not in (None, *SCORES):
         wrong.append("winner")

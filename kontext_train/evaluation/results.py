@@ -44,7 +44,7 @@ class Results:
 
     @property
     def settings_digest(self) -> str:
-        """Of all settings that decide a pixel."""
+        """Of all settings that decide a pixel, but for the benchmark: each image's record says its inputs."""
         told = {key: value for key, value in _flat(self.settings).items() if key not in PLACES}
         return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 

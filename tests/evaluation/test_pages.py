@@ -527,6 +527,9 @@ def test_votes_on_images_of_other_settings_do_not_count(models: list[Results], t
     file.write_text(file.read_text().replace(gone.name, "0000@7:0-1"))
     shown = Arena(models, file, seed=0)
     assert shown.left_out == {"0000@7:0-1": "its images are not there"}
+    other = before.comparisons[1]
+    file.write_text(file.read_text().replace(f'"inputs": "{other.case.inputs}"', '"inputs": "another instruction"'))
+    assert Arena(models, file, seed=0).left_out[other.name] == "its instruction or context has changed"
 
 
 def test_sides_and_order_are_by_chance_and_by_seed(models: list[Results], tmp_path: Path) -> None:
