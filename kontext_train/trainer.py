@@ -100,8 +100,8 @@ class Trainer:
         self.random = VisitRandom(config.seed, world.device)
         self.step, self.position = 0, Position()
         self.silent_until = 0  # a step: no warning is printed before it
-        # forward, gradients of inputs and of weights, and what else the stage runs
-        self.passes = 2 + trained_share(objective.modules["student"]) + objective.extra_passes
+        # of the student: forward, gradients of inputs and of weights
+        self.passes = 2 + trained_share(objective.modules["student"])
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -242,11 +242,11 @@ class Trainer:
     # -- seeing --------------------------------------------------------------------------------------------------
 
     def count(self, window: Window, pixels: list[PixelBatch]) -> None:
-        shapes = [shape for p in pixels for shape in p.layout.shapes]
+        packs = [p.layout.shapes for p in pixels]
         window.steps += 1
         window.samples += pixels[0].samples_in_step
-        window.tokens += sum(shape.tokens for shape in shapes)
-        window.flops += round(self.passes * sum(self.flops.sample(shape) for shape in shapes))
+        window.tokens += sum(shape.tokens for shapes in packs for shape in shapes)
+        window.flops += round(sum(self.objective.flops(shapes, self.flops, self.passes) for shapes in packs))
 
     def summary(self, window: Window, peak: float) -> dict[str, float]:
         """Means over steps and ranks; samples and tokens a second are of all ranks, the rest is a rank's mean."""

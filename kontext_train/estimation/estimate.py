@@ -38,6 +38,7 @@ from kontext_train.models.config import EncoderDtype, EncodersConfig, FluxConfig
 from kontext_train.models.discriminator import Discriminator
 from kontext_train.models.flux import Flux
 from kontext_train.models.lora import adapt
+from kontext_train.models.sequence import SampleShape
 from kontext_train.objectives.config import FlowMatchingConfig, LaddConfig, ObjectiveConfig
 from kontext_train.training.config import (
     DiscriminatorOptimizerConfig,
@@ -65,6 +66,16 @@ class Setup:
     stage: ObjectiveConfig = field(default_factory=FlowMatchingConfig)
     frozen_dtype: Precision = Precision.bfloat16  # of the networks that the stage freezes
     heads: OptimizerConfig = field(default_factory=DiscriminatorOptimizerConfig)  # of a discriminator
+
+    @property
+    def beside(self) -> tuple[SampleShape, ...]:
+        """What the stage puts beside the largest pack, as if it were as large as what is in that."""
+        return self.mix.largest[: self.stage.samples_beside(len(self.mix.largest))]
+
+    @property
+    def share_beside(self) -> float:
+        """How much that is, in packs."""
+        return len(self.beside) / len(self.mix.largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,9 @@ def estimate(setup: Setup, cluster: ClusterConfig, parts: Parts) -> Estimate:
     time = step_time(work, sent, gpu, cluster.gpus_per_node, assume, parallel.compile)
     forward = setup.mix.forward_flops * setup.microbatches / parallel.cp
     blocks = setup.model.depth + setup.model.depth_single_blocks
-    useful = forward + _backward(setup, forward, blocks * setup.microbatches) + setup.stage.extra_passes() * forward
+    student = forward * (1 + setup.share_beside)
+    extra = forward * (setup.stage.extra_passes() + setup.share_beside * setup.stage.extra_passes_beside())
+    useful = student + _backward(setup, student, blocks * setup.microbatches) + extra
     free = (gpu.memory_gib - assume.reserve_gib) * GIB - peak.memory.total
     return Estimate(
         peak=peak,
@@ -153,14 +166,16 @@ def _backward(setup: Setup, forward: float, blocks: int) -> float:
     """
     if setup.lora.rank == 0:
         return 2 * forward
-    tokens = sum(shape.tokens**2 for shape in setup.mix.largest)
+    tokens = sum(shape.tokens**2 for shape in (*setup.mix.largest, *setup.beside))
     return forward + blocks * 4 * setup.model.hidden_size * tokens / setup.parallel.cp
 
 
 def traced(setup: Setup, attention: AttentionFunction = fused_attention) -> Parts:
     """Seconds of work, which does not depend on the cluster."""
-    shapes, parallel = setup.mix.largest, setup.parallel
-    parts = trace_parts(setup.model, shapes, parallel, attention, setup.mix.pad_to, setup.lora)
+    shapes, parallel, pad_to = (*setup.mix.largest, *setup.beside), setup.parallel, setup.mix.pad_to
+    if pad_to is not None:
+        pad_to += sum(shape.tokens for shape in setup.beside)
+    parts = trace_parts(setup.model, shapes, parallel, attention, pad_to, setup.lora)
     if isinstance(setup.stage, LaddConfig):
         parts = replace(parts, heads=trace_heads(setup.model, setup.stage, shapes, parallel))
     return parts
@@ -246,7 +261,8 @@ def _discriminator(setup: Setup, sharding: Sharding) -> Iterator[Role]:
 
 def _more_gathers(setup: Setup) -> int:
     """Of the whole network, beside those of the student's forward and backward."""
-    return setup.stage.passes_without_gradients + 2 * setup.stage.passes_through
+    own, beside = setup.stage.extra_passes(), setup.stage.extra_passes_beside()
+    return own + beside + 2 * bool(setup.beside)  # the student's forward and backward pass on what is beside
 
 
 def _base_bytes(setup: Setup, sharding: Sharding) -> float:
@@ -308,8 +324,11 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     # A pass through a frozen role, forward and back to its inputs, has as many products as the student's backward: that
     # makes gradients of inputs and of weights. Both compute forward again where there is recomputation.
     forward = sum(n * c.forward_flops for c, n in costs)
-    extra = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * (flops - forward)
-    grown = 1 + extra / flops
+    through = flops - forward
+    without_beside, through_beside = setup.stage.passes_beside()
+    extra = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * through
+    extra += setup.share_beside * (without_beside * forward + through_beside * through)
+    grown = 1 + extra / (1 + setup.share_beside) / flops  # those are of the pack and of what is beside it
     in_blocks = grown * (flops - attention - parts.ends.forward_flops - parts.ends.backward_flops)
     in_float8 = in_blocks * _float8_share(model, setup.parallel, of_products=True)
     pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2

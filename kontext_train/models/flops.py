@@ -3,6 +3,7 @@
 Attention is bidirectional: every token of a sample reads every other, so there is no causal half.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,6 +41,9 @@ class ForwardFlops:
 
     def sample(self, shape: SampleShape) -> int:
         return self.of_tokens(shape.txt, shape.target_tokens, shape.context_tokens)
+
+    def samples(self, shapes: Iterable[SampleShape]) -> int:
+        return sum(map(self.sample, shapes))
 
 
 def forward_flops(config: FluxConfig) -> ForwardFlops:

@@ -1,12 +1,14 @@
 """What the training loop asks of a stage, and nothing more."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from kontext_train.data.batch import PackedBatch
+from kontext_train.models.flops import ForwardFlops
+from kontext_train.models.sequence import SampleShape
 from kontext_train.randomness import VisitRandom
 
 
@@ -27,13 +29,19 @@ class Objective(Protocol):
 
     modules: dict[str, nn.Module]  # role -> sharded module
     phases: tuple[str, ...]  # roles, in the order in which they take their turn within a step
-    extra_passes: int  # ObjectiveConfig.extra_passes
 
     def loss(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         """step: updates made before this one.
 
         Other roles than `phase` run without gradients, or let them pass: the loop drops what they leave there.
         (Turning `requires_grad` off and on is not for FSDP, which notes what trains when it first runs.)
+        """
+        ...
+
+    def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
+        """Of a pack of such samples, in all phases, without recomputation.
+
+        student: what its forward and backward pass cost, in forward passes.
         """
         ...
 

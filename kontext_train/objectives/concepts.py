@@ -14,6 +14,7 @@ from kontext_train.data.config import Crop
 from kontext_train.data.encode import Encoders, image_tokens
 from kontext_train.data.transforms import Transform, load_image
 from kontext_train.errors import ConfigError
+from kontext_train.models.flops import ForwardFlops
 from kontext_train.models.kontext import Conditioning
 from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.objectives.concept_list import Concept
@@ -47,6 +48,10 @@ class ConceptPack:
 class ConceptBank:
     def __init__(self, encoded: Sequence[EncodedConcept], device: torch.device) -> None:
         self.encoded, self.device = list(encoded), device
+
+    def mean_flops(self, forward: ForwardFlops) -> float:
+        """Of a forward pass of one concept."""
+        return forward.samples(one.shape for one in self.encoded) / len(self.encoded)
 
     def pack(self, visits: Sequence[int], random: VisitRandom) -> ConceptPack:
         """One concept for each visit, drawn by the visit: the same on every rank and at every world size."""

@@ -9,6 +9,7 @@ from kontext_train.models.config import DiscriminatorConfig
 
 GRADIENT_PENALTY_STD = 0.01
 UNGUIDED = 1.0
+ROLLOUT_STEPS = 3  # of safety's reference, from noise to a picture: one gives the mean of all that a prompt allows
 
 
 @dataclass(slots=True)
@@ -26,6 +27,18 @@ class ObjectiveConfig:
     def extra_passes(cls) -> int:
         """In forward passes."""
         return cls.passes_without_gradients + 2 * cls.passes_through
+
+    def samples_beside(self, samples: int) -> int:
+        """Of the stage's own, on which the student trains beside a pack of so many."""
+        return 0
+
+    def passes_beside(self) -> tuple[int, int]:
+        """(without gradients, through) of those."""
+        return 0, 0
+
+    def extra_passes_beside(self) -> int:
+        without, through = self.passes_beside()
+        return without + 2 * through
 
     frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
@@ -106,7 +119,7 @@ class SafetyConfig(ObjectiveConfig):
     """safety: concepts that must not be made are suppressed, against an attack on the conditioning (docs/safety.md)."""
 
     frozen: ClassVar[tuple[str, ...]] = ("reference",)
-    passes_without_gradients: ClassVar[int] = 1  # the reference's on the pack; concepts beside it are not counted
+    passes_without_gradients: ClassVar[int] = 1  # the reference's
 
     concepts: str | None = None  # JSON Lines of prompts, their anchors and context images
     concepts_per_pack: int = 8  # suppressed beside each pack of ordinary samples; at most as many as these
@@ -117,6 +130,12 @@ class SafetyConfig(ObjectiveConfig):
     pooled_budget: float = 0.3  # the same of CLIP's vector
     context_budget: float = 0.0  # and of each token of the context images
     guidance: float = 1.0  # given to models with a guidance embedding while they train
+
+    def samples_beside(self, samples: int) -> int:
+        return min(self.concepts_per_pack, samples)
+
+    def passes_beside(self) -> tuple[int, int]:
+        return ROLLOUT_STEPS + 2, self.attack_steps  # the reference on the way, at the goal and at the anchor
 
     def __post_init__(self) -> None:
         if self.concepts_per_pack < 1:

@@ -1,6 +1,6 @@
 """Rectified-flow matching on ⟨context, image, prompt⟩ triplets (Batifol et al. 2025, arXiv 2506.15742, eq. 1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,9 +10,10 @@ from kontext_train.data.batch import PackedBatch
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.path import interpolate, velocity
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens
+from kontext_train.models.flops import ForwardFlops
 from kontext_train.models.kontext import predict_velocity
+from kontext_train.models.sequence import SampleShape
 from kontext_train.objectives.base import Loss
-from kontext_train.objectives.config import FlowMatchingConfig
 from kontext_train.randomness import VisitRandom
 
 
@@ -20,7 +21,6 @@ class FlowMatching:
     """loss = E ‖v_θ(z_t, t, context, text) − (ε − x)‖², the mean over samples of each sample's mean over its tokens."""
 
     phases: tuple[str, ...] = ("student",)
-    extra_passes = FlowMatchingConfig.extra_passes()
 
     def __init__(self, student: nn.Module, shift: ShiftConfig, guidance: float | None) -> None:
         """guidance: told to a student with a guidance embedding; None for one without."""
@@ -37,6 +37,9 @@ class FlowMatching:
         error_M = velocity_error(self.modules["student"], batch, t_S, noise_MC, guidance_S)
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
+
+    def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
+        return student * forward.samples(shapes)
 
     def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None

@@ -3,7 +3,7 @@
 Meng et al. 2023 (arXiv 2210.03142, section 3.1), for a velocity: v_student(z_t, t, w) = v_0 + w (v_c - v_0).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,9 @@ from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.guidance import guided
 from kontext_train.flow.path import interpolate
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens
+from kontext_train.models.flops import ForwardFlops
 from kontext_train.models.kontext import Conditioning, predict_velocity
+from kontext_train.models.sequence import SampleShape
 from kontext_train.objectives.base import Loss
 from kontext_train.objectives.config import GuidanceDistillationConfig
 from kontext_train.randomness import VisitRandom
@@ -24,7 +26,6 @@ class GuidanceDistillation:
     """loss = E ‖v_student(z_t, t, w) − v_teacher^w(z_t, t)‖², w uniform in a range."""
 
     phases: tuple[str, ...] = ("student",)
-    extra_passes = GuidanceDistillationConfig.extra_passes()
 
     def __init__(
         self,
@@ -50,6 +51,9 @@ class GuidanceDistillation:
         error_M = (v_MC.float() - goal_MC).square().mean(dim=-1)
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
+
+    def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
+        return (student + self.config.extra_passes()) * forward.samples(shapes)
 
     def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None

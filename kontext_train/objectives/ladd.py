@@ -6,7 +6,7 @@ pictures are right the student may choose one; a regression would give their mea
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,8 +18,10 @@ from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.path import interpolate
 from kontext_train.flow.timesteps import mu_for_tokens, shift
 from kontext_train.models.discriminator import neighbours
+from kontext_train.models.flops import ForwardFlops
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import block_features, predict_velocity
+from kontext_train.models.sequence import SampleShape
 from kontext_train.objectives.base import Loss
 from kontext_train.objectives.config import LaddConfig
 from kontext_train.randomness import VisitRandom
@@ -31,7 +33,6 @@ class Ladd:
     """Phase discriminator: hinge. Phase student: minus the logits of what it makes."""
 
     phases: tuple[str, ...] = ("discriminator", "student")
-    extra_passes = LaddConfig.extra_passes()
 
     def __init__(
         self,
@@ -99,6 +100,9 @@ class Ladd:
             "samples_judged": (batch.weight_S > 0).sum(),
         }
         return Loss(value, metrics)
+
+    def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
+        return (student + self.config.extra_passes()) * forward.samples(shapes)
 
     def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         """means: metrics since the last log step."""

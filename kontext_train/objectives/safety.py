@@ -11,7 +11,7 @@ concept has no anchor prompt it is the goal turned round, v_ref(∅) − η (v_r
 Legend: S samples of a pack, or concepts beside it; M target tokens; C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,15 +23,14 @@ from kontext_train.flow.guidance import guided
 from kontext_train.flow.path import interpolate
 from kontext_train.flow.sampler import euler
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens, sampling_schedule
+from kontext_train.models.flops import ForwardFlops
 from kontext_train.models.kontext import Conditioning, predict_velocity
-from kontext_train.models.sequence import SequenceLayout
+from kontext_train.models.sequence import SampleShape, SequenceLayout
 from kontext_train.objectives.base import Loss
 from kontext_train.objectives.concepts import ConceptBank, ConceptPack
 from kontext_train.objectives.conditioning_attack import Budget, attacked
-from kontext_train.objectives.config import SafetyConfig
+from kontext_train.objectives.config import ROLLOUT_STEPS, SafetyConfig
 from kontext_train.randomness import VisitRandom
-
-_ROLLOUT_STEPS = 3  # of the reference from noise to a picture: one gives the mean of all that a prompt allows
 
 
 @dataclass(slots=True)
@@ -47,7 +46,6 @@ class _Revival:
 
 class Safety:
     phases: tuple[str, ...] = ("student",)
-    extra_passes = SafetyConfig.extra_passes()
 
     def __init__(
         self, student: nn.Module, reference: nn.Module, concepts: ConceptBank, config: SafetyConfig, shift: ShiftConfig
@@ -70,6 +68,12 @@ class Safety:
         metrics = {"loss": value, "retain": retain, "suppress": suppress}
         metrics |= {"distance_to_concept": to_concept, "distance_of_anchor": apart}
         return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
+
+    def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
+        """Concepts as large as they are on average."""
+        beside = min(self.config.concepts_per_pack, len(shapes)) * self.concepts.mean_flops(forward)
+        pack = (student + self.config.extra_passes()) * forward.samples(shapes)
+        return pack + (student + self.config.extra_passes_beside()) * beside
 
     def warning(self, step: int, means: Mapping[str, float]) -> str | None:
         return None
@@ -110,7 +114,7 @@ class Safety:
         vec_SP = torch.where(to_goal_S[:, None], pack.goal.vec_SP, pack.anchor.vec_SP)
         told = replace(pack.anchor, txt_TE=txt_TE, vec_SP=vec_SP)
         mu_S = mu_for_tokens(torch.tensor(layout.target_lengths, dtype=torch.float32, device=t_S.device), self.shift)
-        schedule = sampling_schedule(_ROLLOUT_STEPS, mu_S)
+        schedule = sampling_schedule(ROLLOUT_STEPS, mu_S)
         x_MC = euler(lambda z, t: self._frozen(z, t, told), noise_MC, schedule, layout.sample_of_target_M)
         return interpolate(x_MC, noise_MC, t_S[layout.sample_of_target_M][:, None])
 

@@ -77,6 +77,21 @@ def test_ladd_costs_eight_forward_passes() -> None:
     assert computed == pytest.approx(8 / 3, rel=0.02)
 
 
+def test_safety_costs_what_its_concepts_cost_too() -> None:
+    """4 passes on a pack, and 3 + 5 + 2 for each step of the attack on as many concepts as it has samples."""
+    tiny = (*TINY, "stage=safety", "world=4", "sample.height=64", "sample.width=64", "data.tokens_per_pack=4352")
+    samples = 4352 // (512 + 32)
+    flow = estimated(composed(*(option.replace("safety", "flow_finetune") for option in tiny)))
+    for concepts, steps in ((samples, 0), (samples, 4), (samples // 2, 4)):
+        text = estimated(composed(*tiny, f"objective.concepts_per_pack={concepts}", f"objective.attack_steps={steps}"))
+        passes = 4 + concepts / samples * (8 + 2 * steps)
+        assert row(text, "in forward passes")[0] == f"{passes:.2f}"
+        computed = [float(row(each, "computed TFLOP")[0]) for each in (flow, text)]
+        assert computed[1] / computed[0] == pytest.approx(passes / 3, rel=0.02)
+        kept = [float(row(each, "activations")[0]) for each in (flow, text)]
+        assert kept[1] / kept[0] == pytest.approx(1 + concepts / samples, rel=0.05)
+
+
 def test_recipes_compose_for_64_gpus() -> None:
     for recipe in ("pro", "dev", "max"):
         config = composed(f"experiment={recipe}", "world=64")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_train.data.batch import PackedBatch
 from kontext_train.data.config import DataConfig
@@ -15,6 +16,7 @@ from kontext_train.data.transforms import Transform
 from kontext_train.flow.config import ShiftConfig
 from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.models.config import EncoderDtype, EncodersConfig
+from kontext_train.models.flops import forward_flops
 from kontext_train.models.kontext import Conditioning, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.objectives.concept_list import Concept
@@ -120,6 +122,24 @@ def stage(model: torch.nn.Module, reference: torch.nn.Module, goal: bool = False
 
 def batch() -> PackedBatch:
     return PackedBatch(torch.randn(10, 64), conditioning(), VISITS, torch.full((2,), 0.5), ["", ""])
+
+
+@pytest.mark.parametrize(("attack_steps", "concepts_per_pack"), [(0, 2), (4, 2), (4, 1)])
+def test_flops_are_what_torch_counts(
+    model: torch.nn.Module, other: torch.nn.Module, attack_steps: int, concepts_per_pack: int
+) -> None:
+    """Concepts included. The control is an attack of one step more."""
+    options = {"attack_steps": attack_steps, "concepts_per_pack": concepts_per_pack}
+    safety, pack, forward = stage(model, other, **options), batch(), forward_flops(model.config)  # type: ignore[arg-type]
+    safety.concepts.encoded = safety.concepts.encoded[1:]  # of one size, whichever is drawn
+    with FlopCounterMode(display=False) as counter:
+        safety.loss("student", pack, RANDOM, 0).value.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    counted = counter.get_total_flops()
+    assert safety.flops(pack.layout.shapes, forward, 3) == pytest.approx(counted, rel=0.03)
+    safety.config.attack_steps += 1
+    assert safety.flops(pack.layout.shapes, forward, 3) > 1.04 * counted
 
 
 def test_a_student_that_is_the_reference_keeps_everything_and_has_the_concept(model: torch.nn.Module) -> None:
