@@ -25,6 +25,7 @@ run     makes the images. The same command goes on after a stop; torchrun shares
   benchmark=FOLDER       KontextBench as it is released, or a folder of the same form (partial=true: a part of it)
   making.seeds=1  making.per_category=N  making.resolution=trained|kontext  making.height=1024 making.width=1024
   making.sampler.steps=28  making.sampler.guidance=1.0  making.sampler.embedded_guidance=2.5
+  making.sampler.stochastic=false
   making.at_once=1       images sampled together; latency is measured at 1
   name=NAME  ema=true  encoders=PATH
 score   measures them. Each metric's model is a local folder or file; none is downloaded.

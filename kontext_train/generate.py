@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kontext_train.data.encode import Encoders, conditioning, image_tokens, map_by_size
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.flow.guidance import guided
-from kontext_train.flow.sampler import euler
+from kontext_train.flow.sampler import euler, stochastic
 from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.models.kontext import Conditioning, latent_from_tokens, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
@@ -54,7 +54,12 @@ def generate(
     layout = build_layout(shapes)
     context_tokens = image_tokens(contexts, encoders.autoencoder, None, [], "") if contexts else []
     channels = 4 * encoders.autoencoder.vae.config.latent_channels
-    noise_MC = VisitRandom(0, device).normal("sample", [r.seed for r in requests], layout.target_lengths, channels)
+
+    def noise(step: int) -> Tensor:
+        purpose = f"sample {step}" if step else "sample"
+        return VisitRandom(0, device).normal(purpose, [r.seed for r in requests], layout.target_lengths, channels)
+
+    noise_MC = noise(0)
 
     def told(prompts: Sequence[str]) -> Conditioning:
         cond = conditioning(prompts, context_tokens, layout, encoders, noise_MC)
@@ -71,6 +76,9 @@ def generate(
 
     mu_S = mu_for_tokens(torch.tensor(layout.target_lengths, dtype=torch.float32, device=device), shift)
     schedule = sampling_schedule(sampler.steps, mu_S)
-    x_MC = euler(velocity, noise_MC, schedule, cond.layout.sample_of_target_M)
+    if sampler.stochastic:
+        x_MC = stochastic(velocity, noise, schedule, cond.layout.sample_of_target_M)
+    else:
+        x_MC = euler(velocity, noise_MC, schedule, cond.layout.sample_of_target_M)
     latents = [latent_from_tokens(x, *s.target) for x, s in zip(x_MC.split(layout.target_lengths), shapes, strict=True)]
     return [image.cpu() for image in map_by_size(latents, encoders.autoencoder.decode)]

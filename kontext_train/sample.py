@@ -23,6 +23,7 @@ kontext-sample checkpoint=PATH prompt=TEXT [prompt=TEXT ...] [context=IMAGE ...]
   seed=0                 the same seed gives the same picture
   height=, width=        pixels; the size of the first context if not given
   sampler.steps=28  sampler.guidance=1.0  sampler.embedded_guidance=2.5
+  sampler.stochastic=false   new noise at every step, for students of few steps (docs/distillation.md)
   ema=true               averaged weights, where the run kept them
   gate=FILE              a safety policy for prompts, context images and results (docs/safety.md); what it blocks is not
                          written, and the exit status is 3

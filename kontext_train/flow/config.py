@@ -27,6 +27,7 @@ class SamplerConfig:
     steps: int = 28
     guidance: float = 1.0  # true classifier-free guidance with the empty prompt; 1 is off and costs one pass a step
     embedded_guidance: float = 2.5  # given to models with a guidance embedding
+    stochastic: bool = False  # new noise at every step, for students of few steps; false takes Euler's steps
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -23,7 +23,10 @@ from kontext_train.randomness import VisitRandom
 
 
 class GuidanceDistillation:
-    """loss = E ‖v_student(z_t, t, w) − v_teacher^w(z_t, t)‖², w uniform in a range."""
+    """loss = E ‖v_student(z_t, t, w) − v_teacher^w(z_t, t)‖² / max(w, 1)², w uniform in a range.
+
+    What there is to learn, w (v_c - v_0), grows with w: without the weight the highest scales have most of the loss.
+    """
 
     phases: tuple[str, ...] = ("student",)
 
@@ -48,7 +51,8 @@ class GuidanceDistillation:
         z_MC = interpolate(batch.x_MC, noise_MC, t_S[batch.layout.sample_of_target_M][:, None])
         goal_MC = self.guided_velocity(z_MC, t_S, w_S, batch.cond)
         v_MC = predict_velocity(self.modules["student"], z_MC, t_S, replace(batch.cond, guidance_S=w_S))
-        error_M = (v_MC.float() - goal_MC).square().mean(dim=-1)
+        weight_S = w_S.clamp(min=1) ** -2
+        error_M = (v_MC.float() - goal_MC).square().mean(dim=-1) * weight_S[batch.layout.sample_of_target_M]
         value = (error_M * batch.token_weight_M()).sum()
         return Loss(value, {"loss": value.detach()})
 

@@ -36,7 +36,7 @@ def test_every_image_is_made_once_with_its_settings(tmp_path: Path) -> None:
     assert (record["instruction"], record["height"], record["width"]) == ("add hat 3", 32, 48)
     assert record["request_seed"] == request_seed("0003", 1)
     assert (record["model"], record["made_on"]) == ({"weights": "none"}, "paper")
-    assert record["sampler"] == {"steps": 28, "guidance": 1.0, "embedded_guidance": 2.5}
+    assert record["sampler"] == {"steps": 28, "guidance": 1.0, "embedded_guidance": 2.5, "stochastic": False}
     np.testing.assert_array_equal(pixels(results.image("0003", 1)), 255 - pixels(folder / "images" / "0003.png"))
     again = Inverter()
     made = make(again, folder, out, MakingConfig(seeds=3, at_once=4))

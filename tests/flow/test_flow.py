@@ -5,12 +5,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 
 from kontext_train.errors import ConfigError
 from kontext_train.flow.config import SamplerConfig, ShiftConfig
 from kontext_train.flow.guidance import guided
 from kontext_train.flow.path import interpolate, velocity
-from kontext_train.flow.sampler import euler
+from kontext_train.flow.sampler import euler, stochastic
 from kontext_train.flow.timesteps import logit_normal, mu_for_tokens, sampling_schedule, shift
 
 
@@ -61,6 +62,50 @@ def test_euler_is_exact_on_a_straight_path_whatever_the_schedule_of_each_sample(
     torch.testing.assert_close(out, x)
     wrong = euler(lambda z, t: x - noise, noise, schedule, sample_of_token)  # negative control: the sign of time
     assert (wrong - x).abs().max() > 0.5
+
+
+def diffusers_samples(stochastic: bool, noises: list[torch.Tensor], v_of: torch.nn.Module) -> torch.Tensor:
+    """By diffusers' scheduler; its draws are replaced by `noises`, in turn."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, stochastic_sampling=stochastic, time_shift_type="exponential"
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / len(noises), len(noises)), mu=0.8)
+    drawn = iter([*noises[1:], torch.zeros_like(noises[0])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", lambda *_, **__: next(drawn))
+        z = noises[0]
+        for t in scheduler.timesteps:
+            z = scheduler.step(v_of(torch.cat([z, t.expand(len(z), 1) / 1000], 1)), t, z).prev_sample
+    return z
+
+
+def test_both_samplers_equal_diffusers() -> None:
+    network, noises = torch.nn.Linear(4, 3).requires_grad_(False), list(torch.randn(4, 5, 3))
+    schedule, sample_of_token = sampling_schedule(4, torch.tensor([0.8])), torch.zeros(5, dtype=torch.int64)
+
+    def v(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return network(torch.cat([z, t.expand(len(z), 1)], 1))
+
+    along = euler(v, noises[0], schedule, sample_of_token)
+    renewed = stochastic(v, lambda i: [*noises, noises[0]][i], schedule, sample_of_token)
+    torch.testing.assert_close(along, diffusers_samples(False, noises, network), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(renewed, diffusers_samples(True, noises, network), rtol=1e-5, atol=1e-5)
+    assert (along - renewed).abs().max() > 0.1  # the control: each is not the other
+
+
+def test_stochastic_steps_hand_each_sample_its_own_time_and_end_in_the_last_prediction() -> None:
+    schedule, sample_of_token = sampling_schedule(4, torch.tensor([0.0, 1.5])), torch.tensor([0, 1, 1])
+    x, noises, seen = torch.randn(3, 3), torch.randn(5, 3, 3), []
+
+    def towards_x(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append((z, t))
+        return (z - x) / t[sample_of_token][:, None]
+
+    out = stochastic(towards_x, lambda i: noises[i], schedule, sample_of_token)
+    torch.testing.assert_close(out, x)
+    for i, (z, t) in enumerate(seen):
+        torch.testing.assert_close(t, schedule[i])
+        torch.testing.assert_close(z, interpolate(x, noises[i], schedule[i][sample_of_token][:, None]))
 
 
 def test_euler_hands_each_sample_its_own_time() -> None:

@@ -78,9 +78,10 @@ def test_prompts_in_a_row_edit_the_result_before(trained_run: Path, tmp_path: Pa
     np.testing.assert_array_equal(pixels(files[1]), pixels(alone))
 
 
-def test_a_result_does_not_depend_on_its_neighbours(trained_run: Path) -> None:
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_result_does_not_depend_on_its_neighbours(trained_run: Path, stochastic: bool) -> None:
     trained = load_trained(trained_run)
-    sampler = SamplerConfig(steps=3, guidance=2.0)
+    sampler = SamplerConfig(steps=3, guidance=2.0, stochastic=stochastic)
     requests = [
         Request("remove the red circle", [torch.full((3, 32, 32), 90, dtype=torch.uint8)], 32, 32, seed=1),
         Request("a blue square", [], 32, 48, seed=2),
@@ -89,6 +90,8 @@ def test_a_result_does_not_depend_on_its_neighbours(trained_run: Path) -> None:
     alone = [trained.generate([r], sampler)[0] for r in requests]
     for a, b in zip(together, alone, strict=True):
         assert (a.int() - b.int()).abs().max() <= 1  # rounding of one pixel level
+    other = trained.generate(requests, replace(sampler, stochastic=not stochastic))
+    assert all((a.int() - b.int()).abs().max() > 10 for a, b in zip(together, other, strict=True))
 
 
 def test_guidance_changes_the_result(trained_run: Path) -> None:

@@ -36,10 +36,18 @@ def test_a_student_that_is_the_guided_velocity_has_no_loss() -> None:
     batch = packed(64)
     stage = objective(Guided(teacher_formula))
     assert stage.loss("student", batch, VisitRandom(0), 0).value.item() < 1e-10
-    unguided = objective(Formula(teacher_formula)).loss("student", batch, VisitRandom(0), 0)
-    expected = stage.scales(VisitRandom(0).normal_per_visit("guidance", batch.visits))
-    difference = ((expected - 1) * batch.cond.vec_SP[:, 0]).square().mean()  # of z (1 - t) + vec from the guided one
-    assert unguided.value.item() == pytest.approx(difference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (0.5, 3.0), (1.0, 6.0)])
+def test_errors_are_relative_to_the_scale_where_that_is_above_1(scales: tuple[float, float]) -> None:
+    """Of a student that is not guided: z (1 - t) + vec. The control is a mean without weights."""
+    batch = packed(64)
+    stage = objective(Formula(teacher_formula), guidance=scales)
+    w = stage.scales(VisitRandom(0).normal_per_visit("guidance", batch.visits))
+    errors = ((w - 1) * batch.cond.vec_SP[:, 0]).square()
+    loss = stage.loss("student", batch, VisitRandom(0), 0).value.item()
+    assert loss == pytest.approx((errors / w.clamp(min=1) ** 2).mean().item(), rel=1e-5)
+    assert (loss == pytest.approx(errors.mean().item(), rel=1e-5)) is (scales[1] <= 1)
 
 
 def test_scales_are_uniform_in_their_range_and_told_to_the_student() -> None:
