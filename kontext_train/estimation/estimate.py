@@ -326,9 +326,10 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     forward = sum(n * c.forward_flops for c, n in costs)
     through = flops - forward
     without_beside, through_beside = setup.stage.passes_beside()
-    extra = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * through
-    extra += setup.share_beside * (without_beside * forward + through_beside * through)
-    grown = 1 + extra / (1 + setup.share_beside) / flops  # those are of the pack and of what is beside it
+    of_pack = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * through
+    of_beside = without_beside * forward + through_beside * through
+    share = setup.share_beside
+    grown = 1 + (of_pack + share * of_beside) / (1 + share) / flops  # flops are of the pack and of what is beside it
     in_blocks = grown * (flops - attention - parts.ends.forward_flops - parts.ends.backward_flops)
     in_float8 = in_blocks * _float8_share(model, setup.parallel, of_products=True)
     pixels = sum(s.target_tokens + s.context_tokens for s in setup.mix.largest) * RELEASED_PIXELS_PER_TOKEN**2

@@ -128,18 +128,19 @@ def batch() -> PackedBatch:
 def test_flops_are_what_torch_counts(
     model: torch.nn.Module, other: torch.nn.Module, attack_steps: int, concepts_per_pack: int
 ) -> None:
-    """Concepts included. The control is an attack of one step more."""
+    """Concepts included, relative to a forward pass of the pack. The control is an attack of one step more."""
     options = {"attack_steps": attack_steps, "concepts_per_pack": concepts_per_pack}
     safety, pack, forward = stage(model, other, **options), batch(), forward_flops(model.config)  # type: ignore[arg-type]
     safety.concepts.encoded = safety.concepts.encoded[1:]  # of one size, whichever is drawn
+    with FlopCounterMode(display=False) as once, torch.no_grad():
+        predict_velocity(model, pack.x_MC, torch.full((2,), 0.5), pack.cond)
     with FlopCounterMode(display=False) as counter:
-        safety.loss("student", pack, RANDOM, 0).value.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    counted = counter.get_total_flops()
-    assert safety.flops(pack.layout.shapes, forward, 3) == pytest.approx(counted, rel=0.03)
+        loss = safety.loss("student", pack, RANDOM, 0).value
+        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    counted, shapes = counter.get_total_flops() / once.get_total_flops(), pack.layout.shapes
+    assert safety.flops(shapes, forward, 3) / forward.samples(shapes) == pytest.approx(counted, rel=0.02)
     safety.config.attack_steps += 1
-    assert safety.flops(pack.layout.shapes, forward, 3) > 1.04 * counted
+    assert safety.flops(shapes, forward, 3) / forward.samples(shapes) > 1.05 * counted
 
 
 def test_a_student_that_is_the_reference_keeps_everything_and_has_the_concept(model: torch.nn.Module) -> None:
