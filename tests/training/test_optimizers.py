@@ -120,6 +120,28 @@ def test_muon_shares_its_work_and_equals_one_process(ranks: int) -> None:
     in_processes(ranks, check_muon, weights[:1])
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
+def test_muon_is_torchs(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit where both iterate in bfloat16, and near to it in float32. One step less is not: the control."""
+
+    def changes(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        optimizer.step()
+        return weight.detach()
+
+    theirs, *ours = (nn.Parameter(torch.zeros(shape)) for _ in range(4))
+    expected = changes(torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1), theirs)
+    options = (0.02, 0.95, 0.1, StochasticRounding(0, CPU))
+    near = changes(muon.Muon([ours[0]], *options), ours[0])
+    assert 1e-4 < (near - expected).norm() / expected.norm() < 2e-2
+    with monkeypatch.context() as patch:
+        patch.setattr(muon, "NEWTON_SCHULZ_STEPS", 4)
+        fewer = changes(muon.Muon([ours[1]], *options), ours[1])
+    assert (fewer - expected).norm() / expected.norm() > 5e-2
+    monkeypatch.setattr(muon, "_iteration_dtype", lambda device: torch.bfloat16)
+    torch.testing.assert_close(changes(muon.Muon([ours[2]], *options), ours[2]), expected, rtol=1e-6, atol=0)
+
+
 def gradient_of(name: str, step: int, like: Tensor) -> Tensor:
     drawn = torch.Generator().manual_seed(sum(name.encode()) + 1000 * step)
     return torch.randn(like.shape, generator=drawn)
