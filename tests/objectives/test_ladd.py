@@ -77,8 +77,7 @@ def by_hand(ladd: Ladd, phase: str, batch: PackedBatch, step: int) -> dict[str, 
     renoise_S = ladd.renoise_times(phase, batch, random)
     z_MC = noised(batch.x_MC, f"{phase} start", start_S)
     found = {"made": z_MC - start_S[own][:, None] * z_MC, "start": start_S, "renoise": renoise_S}
-    name = {"discriminator": "made", "student": "student"}[phase]
-    return found | {"of made": seen(found["made"], name), "of real": seen(batch.x_MC, "real")}
+    return found | {"of made": seen(found["made"], phase), "of real": seen(batch.x_MC, phase)}
 
 
 def assert_given(given: tuple[Tensor, ...], features: list[Tensor], t_S: Tensor, batch: PackedBatch) -> None:
@@ -184,7 +183,7 @@ def test_the_penalty_is_the_squared_slope_of_the_heads() -> None:
     ladd, batch = stage(config, Verdict(slope)), packed(3000, sizes=((1, 1),))
     found = ladd.loss("discriminator", batch, VisitRandom(0), 0)
     t_S = ladd.renoise_times("discriminator", batch, VisitRandom(0))
-    (features,) = ladd.read("real", batch.x_MC, t_S, batch, VisitRandom(0))
+    (features,) = ladd.read("discriminator", batch.x_MC, t_S, batch, VisitRandom(0))
     expected = (features.square().mean(-1) * 4).mean()
     assert found.metrics["discriminator/gradient_penalty"].item() == pytest.approx(expected.item(), rel=0.1)
     plain = stage(LaddConfig(discriminator=DiscriminatorConfig(blocks=[1])), Verdict(slope))
