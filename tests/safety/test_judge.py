@@ -146,6 +146,40 @@ def test_words_are_whole_words_and_hide_in_no_spelling(tmp_path: Path) -> None:
         WordList(tmp_path / "list")
 
 
+CONTROL = ("\0", "\x08", "\x1f", "\x9f")
+FORMAT = ("\u200b", "\u00ad")
+PRIVATE, UNASSIGNED, HALF = ("\ue000", "\U000f0000"), ("\u0378",), ("\ud800",)
+FILLERS = ("\u115f", "\u1160", "\u3164", "\uffa0", "\u2800", "\U0001d159")
+JOINER = "\u034f"
+
+
+@pytest.mark.parametrize(
+    "unseen", [*CONTROL, *FORMAT, *PRIVATE, *UNASSIGNED, *HALF, *FILLERS, JOINER], ids=lambda text: f"{ord(text):x}"
+)
+def test_characters_that_show_nothing_hide_nothing(tmp_path: Path, unseen: str) -> None:
+    (tmp_path / "list").write_text("red circle\nre:blue\\s?round\n한국\n", "utf-8")
+    words = WordList(tmp_path / "list")
+    hidden = [unseen.join("red circle"), f"the red {unseen}circle", f"r{unseen * 2}ed\ncircle"]
+    hidden += [unseen.join("blueround"), unseen.join("한국"), f"\u1112{unseen}\u1161\u11ab국"]
+    if unseen != JOINER:  # a mark on the letter before it, between words too
+        hidden += [f"red{unseen}circle", unseen.join("redcircle"), f"blue{unseen}round"]
+    for text in hidden:
+        assert words.matches(text), ascii(text)
+    for text in (f"red{unseen}and circle", f"a {unseen}red circlet", unseen):
+        assert not words.matches(text), ascii(text)
+    (tmp_path / "list").write_bytes(f"r{unseen}ed circle\n".encode("utf-8", "surrogatepass"))
+    if unseen not in HALF:  # no UTF-8
+        assert WordList(tmp_path / "list").matches("a red circle")
+
+
+def test_white_space_separates_words(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("red circle\n")
+    words = WordList(tmp_path / "list")
+    for space in "\t\n\v\f\r\x85\u2028\u3000":
+        assert words.matches(f"red{space}circle"), ascii(space)
+        assert not words.matches(f"r{space}ed circle"), ascii(space)
+
+
 def test_hash_lists_find_resized_copies_and_no_other_picture(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     known, *others = [picture(rng).resize((64, 64)) for _ in range(40)]
