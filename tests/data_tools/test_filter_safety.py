@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_tools import encode_shards, filter_safety, filter_shards, train_probe
@@ -23,8 +24,10 @@ from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.config import EncodersConfig
 from kontext_train.safety.hashes import perceptual_hash
+from kontext_train.safety.judge import Judge, Subject
+from kontext_train.safety.rules import read_rules
 from tests.runs import ENCODERS, overwrite
-from tests.safety.planted import PHRASE, sample, with_sign, write_clip, write_planted
+from tests.safety.planted import PHRASE, SIDE, picture, sample, with_sign, write_clip, write_planted
 
 SAMPLES, PER_PLACE = 720, 12  # 5 % planted: in context only, target only and prompt only
 
@@ -100,6 +103,28 @@ def test_a_rule_that_looks_elsewhere_does_not_find_it(room: Path, planted: Path,
     assert left["target"] == 0
     assert left["context"] >= PER_PLACE - 1
     assert left["prompt"] >= PER_PLACE - 1
+
+
+def test_a_wide_or_tall_picture_is_seen_everywhere(room: Path) -> None:
+    """A sign in a picture of up to 12:1, also where squares that only touched each other would cut it in two."""
+    judge = Judge(read_rules(room / "policy.yaml"), torch.device("cpu"))
+    rng = np.random.default_rng(5)
+
+    def found(shift: float | None, ratio: int) -> bool:
+        strip = Image.new("RGB", (ratio * SIDE, SIDE))
+        for i in range(ratio):
+            strip.paste(picture(rng).resize((SIDE, SIDE)), (i * SIDE, 0))
+        if shift is not None:
+            left = int((rng.integers(1, ratio) - shift) * SIDE)
+            box = (left, 0, left + SIDE, SIDE)
+            strip.paste(with_sign(strip.crop(box), rng), box)
+        shown = strip if rng.random() < 0.5 else strip.transpose(Image.Transpose.TRANSPOSE)
+        (verdict,) = judge.judge([Subject(None, {"target": shown})])
+        return verdict.blocking() is not None
+
+    for shift in (0.5, 0.25, 1.0):  # cut by the edge of two squares, off it, and in the middle of a square
+        assert np.mean([found(shift, ratio) for ratio in (2, 3, 8, 12) for _ in range(25)]) >= 0.98, shift
+    assert np.mean([found(None, ratio) for ratio in (2, 3) for _ in range(40)]) <= 0.1
 
 
 def test_the_audit_names_rule_and_part_and_holds_neither_image_nor_prompt(filtered: Path) -> None:

@@ -258,8 +258,8 @@ def test_towers_equal_transformers_and_see_the_ends_of_a_wide_picture(room: Path
     wide = Image.new("RGB", (96, 32))
     wide.paste(image, (64, 0))
     (parts,) = tower.features([wide])
-    assert parts.shape == (3, 128)
-    torch.testing.assert_close(parts[2:], theirs, atol=1e-4, rtol=0)
+    assert parts.shape == (5, 128)
+    torch.testing.assert_close(parts[4:], theirs, atol=1e-4, rtol=0)
 
 
 def test_long_texts_are_read_to_their_end(room: Path) -> None:
@@ -267,6 +267,18 @@ def test_long_texts_are_read_to_their_end(room: Path) -> None:
     short, long = tower.features(["red", "red circle on gray " * 30])
     assert len(short) == 1
     assert len(long) > 1
+
+
+def test_no_phrase_is_cut_in_two_between_windows(room: Path) -> None:
+    tower = TextTower(room / "clip", CPU)
+    phrase = tower._windows("a red sign")[0][1:-1]
+    half = (tower.tokens - 2) // 2
+    assert 1 < len(phrase) <= half
+    for before in range(3 * tower.tokens):
+        text = "a " * before + "a red sign" + " a" * 40
+        windows = [window[1:-1] for window in tower._windows(text)]
+        assert all(len(window) <= tower.tokens - 2 for window in windows)
+        assert any(window[i : i + len(phrase)] == phrase for window in windows for i in range(len(window))), before
 
 
 def test_a_folder_without_the_projection_is_refused(room: Path, tmp_path: Path) -> None:
