@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_tools.command import add_out, add_processes, command_parser, exit_status
 from data_tools.expression import Clause, MissingField, parse_clauses
@@ -24,8 +24,8 @@ from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
 from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
-from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span
-from kontext_train.data.transforms import to_rgb
+from kontext_train.data.shard import Problem, ScannedSample, Span
+from kontext_train.data.transforms import decode_image
 from kontext_train.safety.rules import Kind, Policy, Rules, read_rules
 
 _EXAMPLES = """examples:
@@ -210,22 +210,26 @@ def _subjects(
 
     subjects, unreadable = [], list[str | None]()
     for sample, value in zip(chunk, values, strict=True):
-        reason, images = None, {}
+        reason, images, files = None, {}, {}
         spans = {"target": sample.target} | {f"context.{i}": span for i, span in enumerate(sample.contexts)}
         for part, span in spans.items():
+            files[part] = _content(file, span)
             try:
-                images[part] = decoded(file, span)
+                images[part] = decode_image(io.BytesIO(files[part]), _BACKGROUND)
             except Exception as error:  # Pillow raises a dozen kinds on bad bytes
                 reason = f"{part} cannot be decoded ({type(error).__name__})"
-        subjects.append(Subject(value["prompt"], images))
+        subjects.append(Subject(value["prompt"], images, files))
         unreadable.append(reason)
     return subjects, unreadable
 
 
 def decoded(file: IO[bytes], span: Span) -> Image.Image:
+    return decode_image(io.BytesIO(_content(file, span)), _BACKGROUND)
+
+
+def _content(file: IO[bytes], span: Span) -> bytes:
     file.seek(span.offset)
-    with Image.open(io.BytesIO(file.read(span.size)), formats=IMAGE_FORMATS) as encoded:
-        return to_rgb(ImageOps.exif_transpose(encoded), _BACKGROUND)
+    return file.read(span.size)
 
 
 def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[str, Any], verdict: Any) -> None:

@@ -1,5 +1,6 @@
 """filter_safety and train_probe: a planted stand-in is found wherever it is, and nothing is kept unseen."""
 
+import hashlib
 import io
 import json
 import re
@@ -125,6 +126,47 @@ def test_a_wide_or_tall_picture_is_seen_everywhere(room: Path) -> None:
     for shift in (0.5, 0.25, 1.0):  # cut by the edge of two squares, off it, and in the middle of a square
         assert np.mean([found(shift, ratio) for ratio in (2, 3, 8, 12) for _ in range(25)]) >= 0.98, shift
     assert np.mean([found(None, ratio) for ratio in (2, 3) for _ in range(40)]) <= 0.1
+
+
+@pytest.mark.parametrize("place", ["target", "context.0", "context.1", "context.2"])
+def test_one_of_several_context_images_is_found_and_named(room: Path, tmp_path: Path, place: str) -> None:
+    rng = np.random.default_rng(11)
+    members = {key: sample(rng, "" if key == "clean" else place, contexts=3) for key in ("clean", "planted")}
+    (tmp_path / "source").mkdir()
+    write_shard(tmp_path / "source" / "0.tar", list(members.items()))
+    build_index(tmp_path / "source")
+    file = members["planted"][f"{place}.png"]
+    known = perceptual_hash(Image.open(io.BytesIO(file)).convert("RGB"))
+    (room / "known.txt").write_text(f"{known:016x}\n")
+    (room / "files.txt").write_text(hashlib.md5(file).hexdigest())
+    policy = room / "several.yaml"
+    rules = (
+        "{name: known, kind: image_hash, list: known.txt, distance: 2, policy: drop}",
+        "{name: file, kind: file_hash, list: files.txt, policy: drop}",
+        "{name: sign, kind: clip_image, clip: clip, head: image.probe, policy: drop}",
+    )
+    for number, rule in enumerate(rules):  # each alone
+        policy.write_text(f"name: several\nrules:\n  - {rule}\n")
+        filter_safety.filter_safety(tmp_path / "source", tmp_path / str(number), policy)
+        assert [(line["key"], line["part"]) for line in lines(tmp_path / str(number) / "audit.jsonl")] == [
+            ("planted", place)
+        ]
+        assert len(ShardIndex.open(tmp_path / str(number))) == 1
+
+
+def test_a_listed_file_is_found_though_it_does_not_decode(tmp_path: Path) -> None:
+    source = write_planted(tmp_path / "source", [""] * 4, 1, seed=4)
+    where = ShardIndex.open(source).location(2)
+    overwrite(where.shard, where.target.offset + where.target.size // 2, bytes(where.target.size // 2))
+    with open(where.shard, "rb") as shard:
+        shard.seek(where.target.offset)
+        file = shard.read(where.target.size)
+    (tmp_path / "files.csv").write_text(f"Name,SHA256\nx,{hashlib.sha256(file).hexdigest().upper()}\n")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: files\nrules:\n  - {name: file, kind: file_hash, list: files.csv, policy: drop}\n")
+    filter_safety.filter_safety(source, tmp_path / "out", policy)
+    audit = [(line["key"], line["rule"], line["part"]) for line in lines(tmp_path / "out" / "audit.jsonl")]
+    assert audit == [(where.key, "file", "target"), (where.key, "unreadable", "sample")]
 
 
 def test_the_audit_names_rule_and_part_and_holds_neither_image_nor_prompt(filtered: Path) -> None:

@@ -1,5 +1,6 @@
 """Policies: what is wrong with one is said by key; what a rule says holds, of lists, hashes, heads and combinations."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
-from kontext_train.safety.hashes import HashList, perceptual_hash
+from kontext_train.safety.hashes import DigestList, HashList, perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, load_head, operating_point, save_head
 from kontext_train.safety.judge import Judge, Subject, rules_digest
 from kontext_train.safety.rules import read_rules
@@ -56,6 +57,8 @@ TEXT = "{name: t, kind: clip_text, clip: clip, head: text.probe, policy: drop}"
         ("{name: w, kind: words, list: words.txt, threshold: 1, policy: drop}", "threshold=1: has no effect"),
         ("{name: h, kind: image_hash, list: hashes.txt, distance: 40, policy: drop}", "distance=40: must be 0 to 16"),
         ("{name: h, kind: image_hash, list: words.txt, distance: 2, policy: drop}", "'bad' is no 64-bit hash"),
+        ("{name: f, kind: file_hash, list: words.txt, policy: drop}", r"words\.txt, line 1: 'bad' is no MD5, SHA-1 or"),
+        ("{name: f, kind: file_hash, list: words.txt, parts: [], policy: drop}", r"parts=\[\]: looks at nothing"),
         (IMAGE.replace("head", "parts: [prompt], head"), "parts='prompt': is no kind of image"),
         (IMAGE.replace("image.probe", "text.probe"), "reads text features"),
         (IMAGE.replace("image.probe", "other.probe"), "belongs to other weights than"),
@@ -196,6 +199,36 @@ def test_hash_lists_find_resized_copies_and_no_other_picture(tmp_path: Path) -> 
     (tmp_path / "list").write_text("name,md5\nx,y\n")
     with pytest.raises(ValueError, match="one must be phash or hash"):
         HashList(tmp_path / "list")
+
+
+@pytest.mark.parametrize("name", ["md5", "sha1", "sha256"])
+def test_lists_of_files_are_read_in_common_formats(tmp_path: Path, name: str) -> None:
+    file, list_of = b"a file", tmp_path / "list"
+    digest = hashlib.new(name, file).hexdigest()
+    table = f'path,{name.upper()},size\n"a, b",{"0" * len(digest)},1\n\nc,{digest},6\n'
+    for content in (f"# known\n\n{digest}\n", digest.upper(), f"{digest}  a, b.png\n", table, f"{name}\n{digest}\n"):
+        list_of.write_text(content)
+        digests = DigestList(list_of)
+        assert digests.holds(file)
+        assert not digests.holds(file + b"\n")
+
+
+def test_bad_lists_of_files_are_refused_by_line(tmp_path: Path) -> None:
+    file, list_of = b"a file", tmp_path / "list"
+    md5, sha256 = hashlib.md5(file).hexdigest(), hashlib.sha256(b"another").hexdigest()
+    list_of.write_text(f"md5,sha256\n{md5},\n,{sha256}\n")  # a row fills one at least
+    assert all(DigestList(list_of).holds(content) for content in (file, b"another"))
+    bad = {
+        "": "holds no digests",
+        f"# x\n\n{md5[:-1]}\n": r"line 3: '\w{31}' is no MD5, SHA-1 or SHA-256 of 32, 40 or 64",
+        f"{md5[:-1]}g\n": r"line 1: '\w{32}' is no MD5",
+        f"md5,sha256\n# x\n{md5},\n,\n": r"line 4: '' is no MD5",
+        "name,photodna\nx,y\n": r"has columns \['name', 'photodna'\]; one must be md5 or sha1 or sha256",
+    }
+    for content, told in bad.items():
+        list_of.write_text(content)
+        with pytest.raises(ValueError, match=told):
+            DigestList(list_of)
 
 
 def test_combined_scores_are_those_of_either(room: Path) -> None:
