@@ -23,7 +23,6 @@ from data_tools.shard_writing import Task, growing_folder, remove_others, replac
 from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
-from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.shard import Problem, ScannedSample, Span
 from kontext_train.data.transforms import decode_image
 from kontext_train.safety.rules import Kind, Policy, Rules, read_rules
@@ -107,9 +106,7 @@ def filter_safety(
         _write_lists(partial, ordered)
         with replacing(partial / REPORT_NAME) as file:
             file.write(json.dumps(report, indent=2).encode())
-        with replacing(partial / SAFETY_NAME) as file:
-            file.write(passed_filter({"name": policy.name, "digest": digest}, written))
-        if build_index(partial).samples != kept:
+        if build_index(partial, passed=report["policy"]).samples != kept:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
 
@@ -120,7 +117,7 @@ def _report(policy: Rules, index: ShardIndex, results: Sequence[dict[str, Any]],
         for finding in {(line["key"], line["rule"], line["score"] is None) for line in result["audit"]}:
             found[f"{finding[1]}{' failed' if finding[2] else ''}"] += 1
     return {
-        "policy": {"name": policy.name, "digest": digest},
+        "policy": {"name": policy.name, "digest": digest, "reports_only": policy.reports_only},
         "source": {"folder": index.folder, "digest": index.digest, "samples": len(index)},
         "rules": [
             {
@@ -332,7 +329,10 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     policy = report["policy"]
     print(f"{arguments.out}: {report['kept']:,} of {report['source']['samples']:,} samples kept, indexed")
-    print(f"  data.require_safety_filter={policy['name']}@{policy['digest'][:12]}")
+    if policy["reports_only"]:
+        print("  the policy only reports: data.require_safety_filter does not take these shards")
+    else:
+        print(f"  data.require_safety_filter={policy['name']}@{policy['digest'][:12]}")
     print(f"  dropped {report['dropped']:,}, quarantined {report['quarantined']:,}")
     for rule in report["rules"]:
         failed = f", failed on {rule['failed']:,}" if rule["failed"] else ""
