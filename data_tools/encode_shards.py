@@ -24,7 +24,6 @@ from kontext_train.data.encode import Encoders, load_encoders, map_by_size
 from kontext_train.data.encoded import StoredText, describe_encoding, encoding_bytes, to_bytes
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex, read_encoding
-from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.sample import BadSample, RawSample, SampleReader
 from kontext_train.data.transforms import Transform
 from kontext_train.models.config import EncoderDtype, EncodersConfig
@@ -94,10 +93,7 @@ def encode_shards(
                 report.shards += 1
         report.samples = sum(len(rows) for _, rows in todo) - len(report.bad)
     if all((out / name).exists() for name, _ in shards):
-        if index.safety_filter is not None:  # what is encoded passed it too
-            with replacing(out / SAFETY_NAME) as file:
-                file.write(passed_filter(index.safety_filter, [out / name for name, _ in shards]))
-        report.index(index, out)
+        report.index(index, out, index.safety_filter)  # what is encoded passed it too
     return report
 
 

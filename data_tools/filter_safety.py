@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_tools.command import add_out, add_processes, command_parser, exit_status
 from data_tools.expression import Clause, MissingField, parse_clauses
@@ -23,9 +23,8 @@ from data_tools.shard_writing import Task, growing_folder, remove_others, replac
 from kontext_train.data.config import DataConfig
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
-from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
-from kontext_train.data.shard import IMAGE_FORMATS, Problem, ScannedSample, Span
-from kontext_train.data.transforms import to_rgb
+from kontext_train.data.shard import Problem, ScannedSample, Span
+from kontext_train.data.transforms import decode_image
 from kontext_train.safety.rules import Kind, Policy, Rules, read_rules
 
 _EXAMPLES = """examples:
@@ -107,9 +106,7 @@ def filter_safety(
         _write_lists(partial, ordered)
         with replacing(partial / REPORT_NAME) as file:
             file.write(json.dumps(report, indent=2).encode())
-        with replacing(partial / SAFETY_NAME) as file:
-            file.write(passed_filter({"name": policy.name, "digest": digest}, written))
-        if build_index(partial).samples != kept:
+        if build_index(partial, passed=report["policy"]).samples != kept:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
 
@@ -120,7 +117,7 @@ def _report(policy: Rules, index: ShardIndex, results: Sequence[dict[str, Any]],
         for finding in {(line["key"], line["rule"], line["score"] is None) for line in result["audit"]}:
             found[f"{finding[1]}{' failed' if finding[2] else ''}"] += 1
     return {
-        "policy": {"name": policy.name, "digest": digest},
+        "policy": {"name": policy.name, "digest": digest, "reports_only": policy.reports_only},
         "source": {"folder": index.folder, "digest": index.digest, "samples": len(index)},
         "rules": [
             {
@@ -210,22 +207,26 @@ def _subjects(
 
     subjects, unreadable = [], list[str | None]()
     for sample, value in zip(chunk, values, strict=True):
-        reason, images = None, {}
+        reason, images, files = None, {}, {}
         spans = {"target": sample.target} | {f"context.{i}": span for i, span in enumerate(sample.contexts)}
         for part, span in spans.items():
+            files[part] = _content(file, span)
             try:
-                images[part] = decoded(file, span)
+                images[part] = decode_image(io.BytesIO(files[part]), _BACKGROUND)
             except Exception as error:  # Pillow raises a dozen kinds on bad bytes
                 reason = f"{part} cannot be decoded ({type(error).__name__})"
-        subjects.append(Subject(value["prompt"], images))
+        subjects.append(Subject(value["prompt"], images, files))
         unreadable.append(reason)
     return subjects, unreadable
 
 
 def decoded(file: IO[bytes], span: Span) -> Image.Image:
+    return decode_image(io.BytesIO(_content(file, span)), _BACKGROUND)
+
+
+def _content(file: IO[bytes], span: Span) -> bytes:
     file.seek(span.offset)
-    with Image.open(io.BytesIO(file.read(span.size)), formats=IMAGE_FORMATS) as encoded:
-        return to_rgb(ImageOps.exif_transpose(encoded), _BACKGROUND)
+    return file.read(span.size)
 
 
 def _add_metadata(policy: Rules, clauses: dict[str, list[Clause]], values: dict[str, Any], verdict: Any) -> None:
@@ -328,7 +329,10 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     policy = report["policy"]
     print(f"{arguments.out}: {report['kept']:,} of {report['source']['samples']:,} samples kept, indexed")
-    print(f"  data.require_safety_filter={policy['name']}@{policy['digest'][:12]}")
+    if policy["reports_only"]:
+        print("  the policy only reports: data.require_safety_filter does not take these shards")
+    else:
+        print(f"  data.require_safety_filter={policy['name']}@{policy['digest'][:12]}")
     print(f"  dropped {report['dropped']:,}, quarantined {report['quarantined']:,}")
     for rule in report["rules"]:
         failed = f", failed on {rule['failed']:,}" if rule["failed"] else ""

@@ -20,7 +20,6 @@ from data_tools.shard_writing import Task, growing_folder, remove_others, replac
 from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
-from kontext_train.data.safety_filter import SAFETY_NAME, passed_filter
 from kontext_train.data.shard import Problem, ScannedSample, Span, parse_sample_json
 
 _EXAMPLES = f"""an expression is a part of Python's:
@@ -107,10 +106,7 @@ def filter_shards(
             file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
         if encoding is not None:
             shutil.copyfile(folder / ENCODING_NAME, partial / ENCODING_NAME)
-        if index.safety_filter is not None:  # what passed it still has
-            with replacing(partial / SAFETY_NAME) as file:
-                file.write(passed_filter(index.safety_filter, map(partial.joinpath, written)))
-        if build_index(partial).samples != counts["kept"]:
+        if build_index(partial, passed=index.safety_filter).samples != counts["kept"]:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
 

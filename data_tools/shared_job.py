@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
@@ -18,11 +19,13 @@ class JobReport:
     bad: list[str] = field(default_factory=list)  # samples that are left out, each with shard, key and reason
     indexed: bool = False  # all shards of all processes are done
 
-    def index(self, source: ShardIndex, out: Path) -> None:
+    def index(self, source: ShardIndex, out: Path, passed: dict[str, Any] | None = None) -> None:
         """Writes the index of `out`, whose shards are all there. `bad` then has all that they lack of the source's
         samples, whichever run or process made them.
+
+        passed: the safety filter that the shards passed.
         """
-        problems = build_index(out).problems
+        problems = build_index(out, passed=passed).problems
         if problems:
             raise ValueError(f"{out} was changed while it was written: {problems[0]}. Remove that shard and run again")
         self.indexed = True

@@ -1,5 +1,6 @@
 """kontext-sample: edit or make a picture with a trained model. Several prompts in a row edit over several turns."""
 
+import io
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -116,24 +117,17 @@ def sample(config: SampleConfig) -> list[Path]:
     import torch
     from PIL import Image
 
-    from kontext_train.data.transforms import load_image
     from kontext_train.evaluation.trained import load_trained
     from kontext_train.generate import Request
     from kontext_train.safety.provenance import save_with_provenance
 
     check = _gate(config.gate)
     for prompt in config.prompt:  # before the model is loaded
-        check("prompt", prompt, {})
+        check("prompt", prompt, {}, {})
     trained = load_trained(config.checkpoint, ema=config.ema, encoders_path=config.encoders)
     side = trained.pixels_per_token
-    contexts = []
-    for name in config.context:
-        try:
-            pixels = load_image(name, trained.transform)
-        except ValueError as error:
-            raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
-        contexts.append(torch.from_numpy(pixels).permute(2, 0, 1))
-    default_height, default_width = contexts[0].shape[1:] if contexts else (1024, 1024)
+    contexts = [_read(name, trained.transform) for name in config.context]
+    default_height, default_width = contexts[0].pixels.shape[1:] if contexts else (1024, 1024)
     height = default_height if config.height is None else config.height
     width = default_width if config.width is None else config.width
     for key, value in (("height", height), ("width", width)):
@@ -143,46 +137,78 @@ def sample(config: SampleConfig) -> list[Path]:
     def shown(pixels: torch.Tensor) -> Image.Image:
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
-    files = []
+    written = []
     for turn, prompt in enumerate(config.prompt):
-        given = {f"context.{i}": shown(pixels) for i, pixels in enumerate(contexts)}  # as the model sees them
-        check(f"request {prompt!r}", prompt, given)
-        request = Request(prompt, contexts, height, width, seed=config.seed + turn)
+        parts = {f"context.{i}": context for i, context in enumerate(contexts)}
+        whole = {part: context.whole for part, context in parts.items()}
+        seen = {part: shown(context.pixels) for part, context in parts.items()}  # by the model
+        files = {part: context.file for part, context in parts.items() if context.file is not None}
+        views = (whole, seen) if contexts else ({},)  # apart: a picture that is looked at twice counts once
+        for images in views:
+            check(f"request {prompt!r}", prompt, images, files)
+        pixels = [context.pixels for context in contexts]
+        request = Request(prompt, pixels, height, width, seed=config.seed + turn)
         (image,) = trained.generate([request], config.sampler)
         out = Path(config.out)
         file = out if len(config.prompt) == 1 else out.with_suffix(f".{turn}{out.suffix}")
         picture = shown(image)
-        check(f"result of {prompt!r}", prompt, {**given, "target": picture})
+        for images in views:
+            check(f"result of {prompt!r}", prompt, {**images, "target": picture}, files)
         file.parent.mkdir(parents=True, exist_ok=True)
         if config.provenance:
             save_with_provenance(picture, file, edited=bool(contexts), tool="kontext_train")
         else:
             picture.save(file)
-        files.append(file)
-        contexts = [image, *contexts[1:]]  # the next prompt edits this result; further references stay
-    return files
+        written.append(file)
+        # the next prompt edits this result; further references stay
+        contexts = [_Context(image, picture, None), *contexts[1:]]
+    return written
 
 
-def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any]], None]:
-    """A function of (what it is, prompt, RGB images by part) that raises Blocked where a rule holds."""
+@dataclass(slots=True)
+class _Context:
+    """A picture that prompts are about."""
+
+    pixels: Any  # uint8 [3, H, W], as the model sees it
+    whole: Any  # the PIL image as it was given: scaling and cropping may hide what a policy knows
+    file: bytes | None  # that it was given as; None for a result
+
+
+def _read(name: str, transform: Any) -> _Context:
+    import torch
+
+    from kontext_train.data.transforms import decode_image
+
+    try:
+        file = Path(name).read_bytes()  # once: what is judged is what is used
+        pixels = torch.from_numpy(transform.apply(io.BytesIO(file))).permute(2, 0, 1)
+        return _Context(pixels, decode_image(io.BytesIO(file), transform.background), file)
+    except (OSError, ValueError) as error:
+        raise ConfigError("context", name, str(error), "Give a PNG, JPEG or WebP file") from error
+
+
+def _gate(path: str | None) -> Callable[[str, str | None, Mapping[str, Any], Mapping[str, bytes]], None]:
+    """A function of (what it is, prompt, RGB images and files by part) that raises Blocked where a rule holds."""
     if path is None:
-        return lambda what, prompt, images: None
+        return lambda what, prompt, images, files: None
     import torch
 
     from kontext_train.safety.judge import Judge, Subject
-    from kontext_train.safety.rules import Policy, read_rules
+    from kontext_train.safety.rules import Kind, Policy, read_rules
 
     judge = Judge(read_rules(path, "gate"), torch.device("cuda" if torch.cuda.is_available() else "cpu"), "gate")
-    if not judge.rules:
-        rule = "has no rule that applies here: those on metadata look at shards alone"
+    # a result was no file before: what looks for files of targets sees nothing here
+    rules = [rule for rule in judge.rules if rule.kind is not Kind.file_hash or "context" in rule.parts]
+    if not rules:
+        rule = "has no rule that applies here: those on metadata and on files of targets look at shards alone"
         raise ConfigError("gate", path, rule, "Give one with rules on prompts or images: docs/safety.md")
-    if all(rule.policy is Policy.report for rule in judge.rules):
+    if all(rule.policy is Policy.report for rule in rules):
         raise ConfigError(
             "gate", path, "blocks nothing: its rules here only report", "Give one with drop or quarantine"
         )
 
-    def check(what: str, prompt: str | None, images: Mapping[str, Any]) -> None:
-        (verdict,) = judge.judge([Subject(prompt, images)])
+    def check(what: str, prompt: str | None, images: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        (verdict,) = judge.judge([Subject(prompt, images, files)])
         if (found := verdict.blocking()) is not None:
             why = found.reason
             if found.score is not None:

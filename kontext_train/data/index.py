@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kontext_train.data.config import StorageConfig, is_url
 from kontext_train.data.encoding import ENCODING_NAME, parse_encoding
 from kontext_train.data.index_file import INDEX_NAME, map_index
-from kontext_train.data.safety_filter import SAFETY_NAME, parse_filter
+from kontext_train.data.safety_filter import SAFETY_NAME, FilterRecord
 from kontext_train.data.shard import Span
 from kontext_train.data.storage import ShardFile, read_whole, scratch_folder
 from kontext_train.errors import StorageError
@@ -81,16 +81,19 @@ def read_encoding(folder: str, storage: StorageConfig | None = None) -> dict[str
         return None
 
 
-def read_filter(folder: str, sizes: Mapping[str, int], storage: StorageConfig | None = None) -> dict[str, str] | None:
-    """The safety filter that the shards of a folder passed, by name and digest; None without one.
+def read_filter(folder: str, sizes: Mapping[str, int], storage: StorageConfig | None = None) -> FilterRecord | None:
+    """The record of the safety filter that the shards of a folder passed; None without one.
 
     sizes: bytes of each shard by name. Raises ValueError if a shard is not one that the filter wrote.
     """
     path = f"{folder}/{SAFETY_NAME}"
     try:
-        return parse_filter(path, read_whole(path, storage), sizes)
+        record = FilterRecord.parse(path, read_whole(path, storage))
     except FileNotFoundError:
         return None
+    for name, size in sizes.items():
+        record.check_size(name, size)
+    return record
 
 
 class ShardIndex:
@@ -107,7 +110,7 @@ class ShardIndex:
         base: what shards' names start from: `folder`, or the URL that an index in a local folder was made of.
         digest: names the samples and their order; the same for a copy of the folder and for an index built again.
         encoding: how encoded shards were made (`encoded.describe_encoding`); None for shards of images.
-        safety_filter: name and digest of the policy that they passed (`safety_filter`); None if they passed none.
+        safety_filter: the policy that they passed (`FilterRecord.passed`); None if they passed none.
     """
 
     def __init__(self, folder: str, file: Path, storage: StorageConfig | None = None) -> None:
@@ -119,7 +122,7 @@ class ShardIndex:
             self.digest: str = header["digest"]
             self.encoding: dict[str, Any] | None = header["encoding"]
             self.samples_by_contexts: list[int] = header["samples_by_contexts"]
-            self.safety_filter: dict[str, str] | None = header.get("safety_filter")
+            self.safety_filter: dict[str, Any] | None = header.get("safety_filter")
             self._shards, self._whole_folder = header["shards"], header["whole_folder"]
             for shard in self._shards:
                 known = itemgetter("path", "bytes", "etag" if "etag" in shard else "mtime_ns")

@@ -14,7 +14,7 @@ from kontext_train.data.encoding import ENCODING_NAME, digest_of
 from kontext_train.data.index import HOW_TO_MAKE, file_name_of, folder_shards, read_encoding, read_filter
 from kontext_train.data.index_file import INDEX_NAME, Columns, IndexWriter, map_index
 from kontext_train.data.index_scan import Scan, scan_all
-from kontext_train.data.safety_filter import SAFETY_NAME
+from kontext_train.data.safety_filter import SAFETY_NAME, FilterRecord
 from kontext_train.data.shard import Problem
 from kontext_train.data.storage import ShardFile, scratch_folder
 
@@ -30,6 +30,7 @@ class IndexReport:
     shards: int
     problems: list[Problem]
     scanned: int  # shards that were read; the others are known from an earlier run
+    tables: dict[str, str]  # `Columns.digest` of each shard by name
 
 
 def build_index(
@@ -40,6 +41,7 @@ def build_index(
     workers: int = 1,
     storage: StorageConfig | None = None,
     progress: bool = False,
+    passed: dict[str, Any] | None = None,
 ) -> IndexReport:
     """Writes `folder/index.arrow`, replacing an older index in one step. Shards that it describes are not read again.
 
@@ -53,15 +55,19 @@ def build_index(
             (HTTP). Default: beside the shards.
         workers: shards that are read at once, each by a process.
         progress: shows a bar on a terminal.
+        passed: the safety filter that local shards passed (`FilterRecord.passed`), which is recorded beside them.
+            Default: what a record that is there says, if the shards are as it has them.
 
     Returns:
         Counts, and the problems: samples and shards that are broken and therefore not in the index.
 
     Raises:
-        ValueError: there are no shards, or one of `shards` is not a file inside `folder`.
+        ValueError: there are no shards, one of `shards` is not a file inside `folder`, or one is not as the safety
+            filter left it.
         OSError: the storage failed. No index is written: it would lack good samples.
     """
     storage = storage or StorageConfig()
+    assert passed is None or not is_url(str(folder))
     if is_url(str(folder)):
         names = None if shards is None else [str(shard) for shard in shards]
         return _build_remote(str(folder).rstrip("/"), names, out, workers, storage, progress)
@@ -74,9 +80,14 @@ def build_index(
     problems = [] if shards is not None else _compressed(sorted(path.name for path in base.iterdir()))
     described = {path.relative_to(base).as_posix(): ShardFile.local(path) for path in paths}
     sizes = {name: file.bytes for name, file in described.items()}
-    encoding, passed = read_encoding(str(base), storage), read_filter(str(base), sizes, storage)
-    header = {"base": None, "whole_folder": shards is None, "encoding": encoding, "safety_filter": passed}
-    report = _build(described, base / INDEX_NAME, base / _PARTIAL_NAME, header, workers, storage, progress)
+    encoding = read_encoding(str(base), storage)
+    record = read_filter(str(base), sizes, storage) if passed is None else None
+    known = passed if record is None else record.passed
+    header = {"base": None, "whole_folder": shards is None, "encoding": encoding, "safety_filter": known}
+    report = _build(described, base / INDEX_NAME, base / _PARTIAL_NAME, header, record, workers, storage, progress)
+    if passed is not None:
+        tables = {name: (sizes[name], table) for name, table in report.tables.items()}
+        FilterRecord(str(base / SAFETY_NAME), passed, tables).write()
     report.problems[:0] = problems
     return report
 
@@ -101,10 +112,11 @@ def _build_remote(
     files = {file.path[len(url) + 1 :]: file for file in described}
     encoding = read_encoding(url, storage) if shards is not None or ENCODING_NAME in names else None
     sizes = {name: file.bytes for name, file in files.items()}
-    passed = read_filter(url, sizes, storage) if shards is not None or SAFETY_NAME in names else None
+    record = read_filter(url, sizes, storage) if shards is not None or SAFETY_NAME in names else None
+    passed = None if record is None else record.passed
     base = url if out else None
     header = {"base": base, "whole_folder": shards is None, "encoding": encoding, "safety_filter": passed}
-    report = _build(files, place / INDEX_NAME, place / _PARTIAL_NAME, header, workers, storage, progress)
+    report = _build(files, place / INDEX_NAME, place / _PARTIAL_NAME, header, record, workers, storage, progress)
     report.problems[:0] = _compressed(names)
     if out is None:
         remote.upload(place / INDEX_NAME, f"{url}/{INDEX_NAME}")
@@ -117,11 +129,15 @@ def _build(
     path: Path,
     partial: Path,
     header: dict[str, Any],
+    record: FilterRecord | None,
     workers: int,
     storage: StorageConfig,
     progress: bool,
 ) -> IndexReport:
-    """Scans what neither the index at `path` nor a killed run knows, and writes the index. files: by name."""
+    """Scans what neither the index at `path` nor a killed run knows, and writes the index. files: by name.
+
+    record: what shards must be as, if they passed a safety filter.
+    """
     with _alone(path.parent):
         encoding = header["encoding"]
         digest = None if encoding is None else digest_of(encoding)
@@ -129,12 +145,15 @@ def _build(
         partial.mkdir(exist_ok=True)
         scans = {name: Scan(file, name, partial, digest) for name, file in files.items() if not known.has(name, file)}
         todo = [scan for scan in scans.values() if not scan.done()]
-        report = IndexReport(samples=0, shards=len(files), problems=[], scanned=len(todo))
+        report = IndexReport(samples=0, shards=len(files), problems=[], scanned=len(todo), tables={})
         try:
             scan_all(todo, done=len(files) - len(todo), workers=workers, storage=storage, progress=progress)
             with closing(IndexWriter(partial)) as writer:
                 for name, file in files.items():
                     columns, problems = scans[name].result() if name in scans else (known.columns(name), [])
+                    report.tables[name] = columns.digest()
+                    if record is not None:
+                        record.check_table(name, report.tables[name])
                     writer.append(_described(name, file) | {"problems": len(problems)}, columns)
                     report.problems += problems
                 report.samples = writer.finish(path, **header)

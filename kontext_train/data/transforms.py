@@ -230,6 +230,12 @@ def _isqrt(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return root - (root * root > x)
 
 
+def decode_image(file: str | Path | IO[bytes], background: tuple[int, ...]) -> Image.Image:
+    """RGB of an image file, upright and at its own size: what the filter looks at. Pillow's errors come through."""
+    with Image.open(file, formats=IMAGE_FORMATS) as encoded:
+        return to_rgb(ImageOps.exif_transpose(encoded), background)
+
+
 def load_image(path: str | Path, transform: Transform) -> npt.NDArray[np.uint8]:
     """An image file as training sees images: uint8 [H, W, 3]. Raises ValueError, with the path, if it is no image."""
     try:

@@ -4,6 +4,7 @@ Legend: I images, S texts, F features of the space that both towers share.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ _MEAN, _STD = (
     (0.26862954, 0.26130258, 0.27577711),
 )  # OpenAI's, of all released CLIPs
 _AT_ONCE = 64  # tiles in one pass
-_MOST_TILES = 4
+_LONGEST = 16  # width to height, or height to width
 
 
 class ImageTower:
     """Scores must not depend on where in the picture something stands: a picture that is not square is seen in several
-    squares, where CLIP's own preparation cuts its ends off.
+    squares that overlap by half, where CLIP's own preparation cuts its ends off.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -64,7 +65,10 @@ class TextTower:
 
     @torch.no_grad()
     def features(self, texts: Sequence[str]) -> list[Tensor]:
-        """[windows, F] float32 for each text, on the CPU. What is longer than CLIP's 77 tokens is read in windows."""
+        """[windows, F] float32 for each text, on the CPU. What is longer than CLIP's 77 tokens is read in windows.
+
+        They overlap by half: what has no more tokens than that is whole in one.
+        """
         windows = [self._windows(text) for text in texts]
         flat = [window for one in windows for window in one]
         padded = self.tokenizer.pad({"input_ids": flat}, return_tensors="pt").to(self.device)
@@ -74,7 +78,7 @@ class TextTower:
     def _windows(self, text: str) -> list[list[int]]:
         start, *ids, end = self.tokenizer(text).input_ids
         room = self.tokens - 2
-        return [[start, *ids[first : first + room], end] for first in range(0, max(len(ids), 1), room)]
+        return [[start, *ids[first : first + room], end] for first in _starts(len(ids), room)]
 
 
 def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
@@ -100,14 +104,20 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _tiles(image: Image.Image, side: int) -> list[Image.Image]:
-    """Squares of side x side that cover an image, scaled so that its shorter side fits; past 4, squeezed into 4."""
+    """Squares of side x side that cover an image, scaled so that its shorter side fits; past 16:1 it is squeezed."""
     width, height = image.size
-    long = min(round(max(width, height) / min(width, height) * side), _MOST_TILES * side)
+    long = min(round(max(width, height) / min(width, height) * side), _LONGEST * side)
     size = (long, side) if width >= height else (side, long)
     scaled = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    starts = np.linspace(0, long - side, -(-long // side)).round().astype(int).tolist()
+    starts = _starts(long, side)
     boxes = [(s, 0, s + side, side) if width >= height else (0, s, side, s + side) for s in starts]
     return [scaled.crop(box) for box in boxes]
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows over a length begin, evenly: neighbours have half of a window or more in common."""
+    rest = max(length - window, 0)
+    return np.linspace(0, rest, 1 + math.ceil(rest / (window // 2))).round().astype(int).tolist()
 
 
 def _unit(features: Tensor) -> Tensor:

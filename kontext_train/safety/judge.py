@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,20 +14,25 @@ from PIL import Image
 
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
-from kontext_train.safety.hashes import HashList, perceptual_hash
+from kontext_train.safety.hashes import DigestList, HashList, perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, load_head
 from kontext_train.safety.rules import Kind, Policy, Rule, Rules, file_digest
 from kontext_train.safety.words import WordList
 
 HASH_BITS = 64
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
 class Subject:
-    """What is judged: a prompt (None: there is none) and RGB images by part (target, context.0, …)."""
+    """What is judged: a prompt (None: there is none) and RGB images by part (target, context.0, …).
+
+    files: the bytes that images were given as, by part; a result that was just made has none.
+    """
 
     prompt: str | None
     images: Mapping[str, Image.Image]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,8 @@ class Judge:
         """key: of the option that named the rules. ConfigError for a list, model or head that does not do."""
         self.rules = [rule for rule in rules.rules if rule.kind is not Kind.metadata]
         self._device = device
-        self._words, self._hashes = dict[str, WordList](), dict[str, HashList]()
+        self._words = dict[str, WordList]()
+        self._hashes, self._digests = dict[str, HashList](), dict[str, DigestList]()
         self._heads, self._thresholds = dict[str, Head](), dict[str, float]()
         for number, rule in enumerate(rules.rules):
             if rule.kind is not Kind.metadata:
@@ -82,6 +89,9 @@ class Judge:
                     assert rule.list is not None
                     self._hashes[rule.name] = HashList(rule.list)
                     self._thresholds[rule.name] = 1 - rule.distance / HASH_BITS
+                case Kind.file_hash:
+                    assert rule.list is not None
+                    self._digests[rule.name], self._thresholds[rule.name] = DigestList(rule.list), 1.0
                 case Kind.clip_image | Kind.clip_text:
                     self._prepare_head(key, rule)
                 case Kind.combination:
@@ -152,12 +162,15 @@ class Judge:
                 return [{} if s.prompt is None else {"prompt": float(words.matches(s.prompt))} for s in subjects]
             case Kind.image_hash:
                 hashes = self._hashes[rule.name]
-                return [{p: _likeness(hashes, i) for p, i in _looked_at(rule, s).items()} for s in subjects]
+                return [{p: _likeness(hashes, i) for p, i in _looked_at(rule, s.images).items()} for s in subjects]
+            case Kind.file_hash:
+                digests = self._digests[rule.name]
+                return [{p: float(digests.holds(f)) for p, f in _looked_at(rule, s.files).items()} for s in subjects]
             case Kind.clip_text:
                 texts = [{} if s.prompt is None else {"prompt": s.prompt} for s in subjects]
                 return self._by_head(rule, "text", texts)
             case Kind.clip_image:
-                return self._by_head(rule, "image", [_looked_at(rule, s) for s in subjects])
+                return self._by_head(rule, "image", [_looked_at(rule, s.images) for s in subjects])
             case _:
                 raise AssertionError(rule.kind)
 
@@ -183,8 +196,8 @@ def _together(rule: Rule, verdict: Verdict) -> float:
     return 1 - float(np.prod([1 - score for name in rule.of for score in verdict.scores[name].values()]))
 
 
-def _looked_at(rule: Rule, subject: Subject) -> dict[str, Image.Image]:
-    return {part: image for part, image in subject.images.items() if part.split(".")[0] in rule.parts}
+def _looked_at(rule: Rule, given: Mapping[str, _T]) -> dict[str, _T]:
+    return {part: content for part, content in given.items() if part.split(".")[0] in rule.parts}
 
 
 def _likeness(hashes: HashList, image: Image.Image) -> float:

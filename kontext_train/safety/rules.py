@@ -3,6 +3,7 @@
     name: policy-2026-11
     rules:
       - {name: listed,    kind: image_hash, list: known.txt, distance: 6, policy: drop}
+      - {name: files,     kind: file_hash, list: md5.csv, policy: drop}
       - {name: words,     kind: words, list: words.txt, policy: quarantine}
       - {name: probe,     kind: clip_image, clip: CLIP, head: probe.safetensors, policy: drop}
       - {name: asked,     kind: clip_text, clip: CLIP, head: text_probe.safetensors, threshold: 0.8, policy: drop}
@@ -35,6 +36,7 @@ class Policy(Enum):
 class Kind(Enum):
     words = "words"  # the prompt, by a list of words and regular expressions
     image_hash = "image_hash"  # images, by a list of perceptual hashes
+    file_hash = "file_hash"  # the files that images were given as, by a list of MD5, SHA-1 or SHA-256
     clip_image = "clip_image"  # images, by a head on a CLIP vision tower
     clip_text = "clip_text"  # the prompt, by a head on a CLIP text tower
     metadata = "metadata"  # the sample's JSON, by an expression; of shards only
@@ -64,12 +66,18 @@ class Rules:
     rules: tuple[Rule, ...]
     source: Path
 
+    @property
+    def reports_only(self) -> bool:
+        """Whether it keeps nothing out but what could not be judged."""
+        return all(rule.policy is Policy.report for rule in self.rules)
+
 
 # by kind: keys it needs, and those it may have
 _COMMON = {"name", "kind", "policy"}
 _KEYS: Mapping[Kind, tuple[set[str], set[str]]] = {
     Kind.words: ({"list"}, set()),
     Kind.image_hash: ({"list", "distance"}, {"parts"}),
+    Kind.file_hash: ({"list"}, {"parts"}),
     Kind.clip_image: ({"clip", "head"}, {"parts", "threshold"}),
     Kind.clip_text: ({"clip", "head"}, {"threshold"}),
     Kind.metadata: ({"where"}, set()),
@@ -120,7 +128,7 @@ def _rule(key: str, entry: Any, folder: Path, before: Sequence[Rule]) -> Rule:
         name,
         kind,
         policy,
-        parts=tuple(entry.get("parts", IMAGE_PARTS if kind in (Kind.image_hash, Kind.clip_image) else ())),
+        parts=tuple(entry.get("parts", IMAGE_PARTS if "parts" in allowed else ())),
         distance=entry.get("distance", 0),
         threshold=entry.get("threshold"),
         where=entry.get("where", ""),

@@ -1,15 +1,20 @@
 """filter_safety and train_probe: a planted stand-in is found wherever it is, and nothing is kept unseen."""
 
+import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_tools import encode_shards, filter_safety, filter_shards, train_probe
@@ -23,8 +28,10 @@ from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.config import EncodersConfig
 from kontext_train.safety.hashes import perceptual_hash
+from kontext_train.safety.judge import Judge, Subject
+from kontext_train.safety.rules import read_rules
 from tests.runs import ENCODERS, overwrite
-from tests.safety.planted import PHRASE, sample, with_sign, write_clip, write_planted
+from tests.safety.planted import PHRASE, SIDE, picture, sample, with_sign, write_clip, write_planted
 
 SAMPLES, PER_PLACE = 720, 12  # 5 % planted: in context only, target only and prompt only
 
@@ -100,6 +107,69 @@ def test_a_rule_that_looks_elsewhere_does_not_find_it(room: Path, planted: Path,
     assert left["target"] == 0
     assert left["context"] >= PER_PLACE - 1
     assert left["prompt"] >= PER_PLACE - 1
+
+
+def test_a_wide_or_tall_picture_is_seen_everywhere(room: Path) -> None:
+    """A sign in a picture of up to 12:1, also where squares that only touched each other would cut it in two."""
+    judge = Judge(read_rules(room / "policy.yaml"), torch.device("cpu"))
+    rng = np.random.default_rng(5)
+
+    def found(shift: float | None, ratio: int) -> bool:
+        strip = Image.new("RGB", (ratio * SIDE, SIDE))
+        for i in range(ratio):
+            strip.paste(picture(rng).resize((SIDE, SIDE)), (i * SIDE, 0))
+        if shift is not None:
+            left = int((rng.integers(1, ratio) - shift) * SIDE)
+            box = (left, 0, left + SIDE, SIDE)
+            strip.paste(with_sign(strip.crop(box), rng), box)
+        shown = strip if rng.random() < 0.5 else strip.transpose(Image.Transpose.TRANSPOSE)
+        (verdict,) = judge.judge([Subject(None, {"target": shown})])
+        return verdict.blocking() is not None
+
+    for shift in (0.5, 0.25, 1.0):  # cut by the edge of two squares, off it, and in the middle of a square
+        assert np.mean([found(shift, ratio) for ratio in (2, 3, 8, 12) for _ in range(25)]) >= 0.98, shift
+    assert np.mean([found(None, ratio) for ratio in (2, 3) for _ in range(40)]) <= 0.1
+
+
+@pytest.mark.parametrize("place", ["target", "context.0", "context.1", "context.2"])
+def test_one_of_several_context_images_is_found_and_named(room: Path, tmp_path: Path, place: str) -> None:
+    rng = np.random.default_rng(11)
+    members = {key: sample(rng, "" if key == "clean" else place, contexts=3) for key in ("clean", "planted")}
+    (tmp_path / "source").mkdir()
+    write_shard(tmp_path / "source" / "0.tar", list(members.items()))
+    build_index(tmp_path / "source")
+    file = members["planted"][f"{place}.png"]
+    known = perceptual_hash(Image.open(io.BytesIO(file)).convert("RGB"))
+    (room / "known.txt").write_text(f"{known:016x}\n")
+    (room / "files.txt").write_text(hashlib.md5(file).hexdigest())
+    policy = room / "several.yaml"
+    rules = (
+        "{name: known, kind: image_hash, list: known.txt, distance: 2, policy: drop}",
+        "{name: file, kind: file_hash, list: files.txt, policy: drop}",
+        "{name: sign, kind: clip_image, clip: clip, head: image.probe, policy: drop}",
+    )
+    for number, rule in enumerate(rules):  # each alone
+        policy.write_text(f"name: several\nrules:\n  - {rule}\n")
+        filter_safety.filter_safety(tmp_path / "source", tmp_path / str(number), policy)
+        assert [(line["key"], line["part"]) for line in lines(tmp_path / str(number) / "audit.jsonl")] == [
+            ("planted", place)
+        ]
+        assert len(ShardIndex.open(tmp_path / str(number))) == 1
+
+
+def test_a_listed_file_is_found_though_it_does_not_decode(tmp_path: Path) -> None:
+    source = write_planted(tmp_path / "source", [""] * 4, 1, seed=4)
+    where = ShardIndex.open(source).location(2)
+    overwrite(where.shard, where.target.offset + where.target.size // 2, bytes(where.target.size // 2))
+    with open(where.shard, "rb") as shard:
+        shard.seek(where.target.offset)
+        file = shard.read(where.target.size)
+    (tmp_path / "files.csv").write_text(f"Name,SHA256\nx,{hashlib.sha256(file).hexdigest().upper()}\n")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: files\nrules:\n  - {name: file, kind: file_hash, list: files.csv, policy: drop}\n")
+    filter_safety.filter_safety(source, tmp_path / "out", policy)
+    audit = [(line["key"], line["rule"], line["part"]) for line in lines(tmp_path / "out" / "audit.jsonl")]
+    assert audit == [(where.key, "file", "target"), (where.key, "unreadable", "sample")]
 
 
 def test_the_audit_names_rule_and_part_and_holds_neither_image_nor_prompt(filtered: Path) -> None:
@@ -227,6 +297,77 @@ def test_training_takes_only_data_that_passed_the_filter(filtered: Path, planted
     shutil.copy(planted / "000.tar", tmp_path / "half" / "stranger.tar")
     with pytest.raises(ValueError, match=r"shard stranger\.tar is not as the safety filter left it"):
         build_index(tmp_path / "half")
+
+
+def test_a_shard_of_the_same_size_with_other_members_is_noticed(filtered: Path, tmp_path: Path) -> None:
+    """Tars are padded to 10 KiB, so another shard often has the very size."""
+
+    def altered(name: str, change: Callable[[Path], None]) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(filtered, folder)
+        size = (folder / "000.tar").stat().st_size
+        change(folder / "000.tar")
+        assert (folder / "000.tar").stat().st_size == size
+        return folder
+
+    def renamed(shard: Path) -> None:
+        raw = bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            members = tar.getmembers()
+        key = members[0].name.split(".")[0]
+        for member in members:
+            if member.name.startswith(f"{key}."):
+                member.name = member.name.replace(key, "x" * len(key))
+                raw[member.offset : member.offset_data] = member.tobuf(tarfile.USTAR_FORMAT)
+        shard.write_bytes(raw)
+
+    def swapped(shard: Path) -> None:
+        index, raw = ShardIndex.open(shard.parent), shard.read_bytes()
+        first, second, third = (raw.index(f"{index.location(i).key}.".encode()) for i in range(3))
+        shard.write_bytes(raw[:first] + raw[second:third] + raw[first:second] + raw[third:])
+
+    def repainted(shard: Path) -> None:
+        target = ShardIndex.open(shard.parent).location(0).target
+        overwrite(shard, target.offset + target.size // 2, b"x")
+        os.utime(shard)
+
+    for name, change in {"renamed": renamed, "swapped": swapped}.items():
+        folder = altered(name, change)
+        with pytest.raises(ValueError, match=r"000\.tar is not as the safety filter left it: its size is the same"):
+            build_index(folder)
+    # At another time it is the same. What members hold is not read when they are indexed: docs/safety.md says so.
+    for name, change in {"touched": lambda shard: os.utime(shard), "repainted": repainted}.items():
+        folder = altered(name, change)
+        assert build_index(folder).scanned == 1
+        assert ShardIndex.open(folder).safety_filter == ShardIndex.open(filtered).safety_filter
+    record = json.loads((folder / "safety.json").read_text())
+    (folder / "safety.json").write_text(json.dumps(record | {"shards": {"000.tar": 10240}}))
+    with pytest.raises(ValueError, match=r"safety\.json is damaged, or of an earlier version .*filter_safety again"):
+        build_index(folder)
+
+
+def test_a_policy_that_only_reports_is_no_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_planted(tmp_path / "source", ["", "", "prompt"], 1, seed=8)
+    (tmp_path / "words.txt").write_text(f"{PHRASE}\n")
+    policy = tmp_path / "policy.yaml"
+
+    def opened(name: str, *policies: str) -> Any:
+        rules = [f"  - {{name: w{i}, kind: words, list: words.txt, policy: {p}}}\n" for i, p in enumerate(policies)]
+        policy.write_text("name: words\nrules:\n" + "".join(rules))
+        arguments = [str(source), "--rules", str(policy), "--out", str(tmp_path / name)]
+        assert filter_safety.main(arguments) == 0
+        # what is made of it is no better
+        filter_shards.filter_shards(tmp_path / name, tmp_path / f"{name}.some", ["contexts == 1"])
+        for folder in (name, f"{name}.some"):
+            open_sources(DataConfig(train=str(tmp_path / folder), require_safety_filter="words"), 16, 0)
+
+    opened("mixed", "report", "drop")
+    assert "data.require_safety_filter=words@" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.train='.*reports': passed words@\w+, whose rules only report"):
+        opened("reports", "report", "report")
+    assert "the policy only reports: data.require_safety_filter does not take" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.train='.*reports\.some': passed words@\w+, whose rules only report"):
+        open_sources(DataConfig(train=str(tmp_path / "reports.some"), require_safety_filter="words"), 16, 0)
 
 
 def test_encoded_shards_keep_what_they_passed(room: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The safety stage as a run: sharded it is what it is whole, with all weights and with adapters; and the gate."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kontext_train.config import TrainConfig, check
 from kontext_train.errors import ConfigError
-from kontext_train.evaluation.trained import load_model, read_config, resolve
+from kontext_train.evaluation.trained import load_model, load_trained, read_config, resolve
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.safety.hashes import perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, save_head
@@ -200,10 +201,56 @@ def test_the_gate_sees_prompt_contexts_and_result_together(trained_run: Path, ba
         assert made(*rules, context=()) == [out]
 
 
-def test_a_gate_that_looks_at_nothing_is_refused(tmp_path: Path) -> None:
-    gate = policy(tmp_path, "{name: source, kind: metadata, where: json.source == 'forum', policy: drop}")
+def test_the_gate_sees_a_context_as_it_was_given_too(trained_run: Path, tmp_path: Path) -> None:
+    """A wide picture, of which the model sees the middle: that is another picture by its hash."""
+    file, rng = tmp_path / "wide.png", np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 255, (8, 16, 3), dtype=np.uint8))
+    whole = coarse.resize((79, 47), Image.Resampling.BICUBIC)
+    whole.save(file)
+    seen = Image.fromarray(load_trained(str(trained_run)).transform.apply(file))
+    hashes = [perceptual_hash(image) for image in (whole, seen)]
+    assert (hashes[0] ^ hashes[1]).bit_count() > 8  # type: ignore[operator]
+    rule = "{name: known, kind: image_hash, list: hashes.txt, distance: 2, parts: [context], policy: drop}"
+
+    def made(listed: int, *prompts: str) -> list[Path]:
+        (tmp_path / "hashes.txt").write_text(f"{listed:016x}\n")
+        options = {"out": str(tmp_path / "out.png"), "sampler": SamplerConfig(steps=1), "gate": policy(tmp_path, rule)}
+        return sample(SampleConfig(str(trained_run), list(prompts), [str(file)], **options))  # type: ignore[arg-type]
+
+    for listed in hashes:
+        assert listed is not None
+        with pytest.raises(Blocked, match=r"request 'one', by rule known .*context\.0 scores"):
+            made(listed, "one")
+    assert len(made(hashes[0] ^ (1 << 64) - 1, "one", "two")) == 2  # type: ignore[operator]
+
+
+def test_the_gate_knows_listed_files(trained_run: Path, base: Path, tmp_path: Path) -> None:
+    files = [str(base.parent / name) for name in ("a.png", "b.png")]
+    rule = "{name: files, kind: file_hash, list: files.txt, policy: drop}"
+
+    def made(known: bytes, *prompts: str) -> list[Path]:
+        (tmp_path / "files.txt").write_text(f"{hashlib.md5(known).hexdigest()}\n")
+        options = {"out": str(tmp_path / "out.png"), "sampler": SamplerConfig(steps=1), "gate": policy(tmp_path, rule)}
+        return sample(SampleConfig(str(trained_run), list(prompts), files, **options))  # type: ignore[arg-type]
+
+    for number, file in enumerate(files):
+        with pytest.raises(Blocked, match=rf"request 'one', by rule files .*context\.{number} scores 1, threshold 1"):
+            made(Path(file).read_bytes(), "one", "two")
+    first, _ = made(b"another", "one", "two")
+    assert len(made(first.read_bytes(), "one", "two")) == 2  # a result is no file that was given
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "{name: source, kind: metadata, where: json.source == 'forum', policy: drop}",
+        "{name: files, kind: file_hash, list: files.txt, parts: [target], policy: drop}",
+    ],
+)
+def test_a_gate_that_looks_at_nothing_is_refused(tmp_path: Path, rule: str) -> None:
+    (tmp_path / "files.txt").write_text("0" * 32)
     with pytest.raises(ConfigError, match=r"gate=.*policy\.yaml': has no rule that applies here"):
-        sample(SampleConfig("no checkpoint", ["blue"], gate=gate))
+        sample(SampleConfig("no checkpoint", ["blue"], gate=policy(tmp_path, rule)))
 
 
 def test_a_result_that_becomes_a_context_is_held_against_the_rules_for_contexts(

@@ -81,9 +81,9 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def sample(rng: np.random.Generator, planted: str, **fields: Any) -> dict[str, bytes]:
-    """Members of a sample with one context image. planted: context, target, prompt or nothing."""
-    images = {"target": picture(rng), "context.0": picture(rng)}
+def sample(rng: np.random.Generator, planted: str, contexts: int = 1, **fields: Any) -> dict[str, bytes]:
+    """Members of a sample with context images. planted: context (all, or context.N), target, prompt or nothing."""
+    images = {"target": picture(rng), **{f"context.{i}": picture(rng) for i in range(contexts)}}
     prompt = str(rng.choice(WORDS))
     for role in images:
         if role.startswith(planted or "-"):

@@ -1,5 +1,6 @@
 """Policies: what is wrong with one is said by key; what a rule says holds, of lists, hashes, heads and combinations."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from kontext_train.errors import ConfigError
 from kontext_train.safety.clip import ImageTower, TextTower
-from kontext_train.safety.hashes import HashList, perceptual_hash
+from kontext_train.safety.hashes import DigestList, HashList, perceptual_hash
 from kontext_train.safety.heads import Head, clip_digest, load_head, operating_point, save_head
 from kontext_train.safety.judge import Judge, Subject, rules_digest
 from kontext_train.safety.rules import read_rules
@@ -56,6 +57,8 @@ TEXT = "{name: t, kind: clip_text, clip: clip, head: text.probe, policy: drop}"
         ("{name: w, kind: words, list: words.txt, threshold: 1, policy: drop}", "threshold=1: has no effect"),
         ("{name: h, kind: image_hash, list: hashes.txt, distance: 40, policy: drop}", "distance=40: must be 0 to 16"),
         ("{name: h, kind: image_hash, list: words.txt, distance: 2, policy: drop}", "'bad' is no 64-bit hash"),
+        ("{name: f, kind: file_hash, list: words.txt, policy: drop}", r"words\.txt, line 1: 'bad' is no MD5, SHA-1 or"),
+        ("{name: f, kind: file_hash, list: words.txt, parts: [], policy: drop}", r"parts=\[\]: looks at nothing"),
         (IMAGE.replace("head", "parts: [prompt], head"), "parts='prompt': is no kind of image"),
         (IMAGE.replace("image.probe", "text.probe"), "reads text features"),
         (IMAGE.replace("image.probe", "other.probe"), "belongs to other weights than"),
@@ -146,6 +149,40 @@ def test_words_are_whole_words_and_hide_in_no_spelling(tmp_path: Path) -> None:
         WordList(tmp_path / "list")
 
 
+CONTROL = ("\0", "\x08", "\x1f", "\x9f")
+FORMAT = ("\u200b", "\u00ad")
+PRIVATE, UNASSIGNED, HALF = ("\ue000", "\U000f0000"), ("\u0378",), ("\ud800",)
+FILLERS = ("\u115f", "\u1160", "\u3164", "\uffa0", "\u2800", "\U0001d159")
+JOINER = "\u034f"
+
+
+@pytest.mark.parametrize(
+    "unseen", [*CONTROL, *FORMAT, *PRIVATE, *UNASSIGNED, *HALF, *FILLERS, JOINER], ids=lambda text: f"{ord(text):x}"
+)
+def test_characters_that_show_nothing_hide_nothing(tmp_path: Path, unseen: str) -> None:
+    (tmp_path / "list").write_text("red circle\nre:blue\\s?round\n한국\n", "utf-8")
+    words = WordList(tmp_path / "list")
+    hidden = [unseen.join("red circle"), f"the red {unseen}circle", f"r{unseen * 2}ed\ncircle"]
+    hidden += [unseen.join("blueround"), unseen.join("한국"), f"\u1112{unseen}\u1161\u11ab국"]
+    if unseen != JOINER:  # a mark on the letter before it, between words too
+        hidden += [f"red{unseen}circle", unseen.join("redcircle"), f"blue{unseen}round"]
+    for text in hidden:
+        assert words.matches(text), ascii(text)
+    for text in (f"red{unseen}and circle", f"a {unseen}red circlet", unseen):
+        assert not words.matches(text), ascii(text)
+    (tmp_path / "list").write_bytes(f"r{unseen}ed circle\n".encode("utf-8", "surrogatepass"))
+    if unseen not in HALF:  # no UTF-8
+        assert WordList(tmp_path / "list").matches("a red circle")
+
+
+def test_white_space_separates_words(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("red circle\n")
+    words = WordList(tmp_path / "list")
+    for space in "\t\n\v\f\r\x85\u2028\u3000":
+        assert words.matches(f"red{space}circle"), ascii(space)
+        assert not words.matches(f"r{space}ed circle"), ascii(space)
+
+
 def test_hash_lists_find_resized_copies_and_no_other_picture(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     known, *others = [picture(rng).resize((64, 64)) for _ in range(40)]
@@ -162,6 +199,36 @@ def test_hash_lists_find_resized_copies_and_no_other_picture(tmp_path: Path) -> 
     (tmp_path / "list").write_text("name,md5\nx,y\n")
     with pytest.raises(ValueError, match="one must be phash or hash"):
         HashList(tmp_path / "list")
+
+
+@pytest.mark.parametrize("name", ["md5", "sha1", "sha256"])
+def test_lists_of_files_are_read_in_common_formats(tmp_path: Path, name: str) -> None:
+    file, list_of = b"a file", tmp_path / "list"
+    digest = hashlib.new(name, file).hexdigest()
+    table = f'path,{name.upper()},size\n"a, b",{"0" * len(digest)},1\n\nc,{digest},6\n'
+    for content in (f"# known\n\n{digest}\n", digest.upper(), f"{digest}  a, b.png\n", table, f"{name}\n{digest}\n"):
+        list_of.write_text(content)
+        digests = DigestList(list_of)
+        assert digests.holds(file)
+        assert not digests.holds(file + b"\n")
+
+
+def test_bad_lists_of_files_are_refused_by_line(tmp_path: Path) -> None:
+    file, list_of = b"a file", tmp_path / "list"
+    md5, sha256 = hashlib.md5(file).hexdigest(), hashlib.sha256(b"another").hexdigest()
+    list_of.write_text(f"md5,sha256\n{md5},\n,{sha256}\n")  # a row fills one at least
+    assert all(DigestList(list_of).holds(content) for content in (file, b"another"))
+    bad = {
+        "": "holds no digests",
+        f"# x\n\n{md5[:-1]}\n": r"line 3: '\w{31}' is no MD5, SHA-1 or SHA-256 of 32, 40 or 64",
+        f"{md5[:-1]}g\n": r"line 1: '\w{32}' is no MD5",
+        f"md5,sha256\n# x\n{md5},\n,\n": r"line 4: '' is no MD5",
+        "name,photodna\nx,y\n": r"has columns \['name', 'photodna'\]; one must be md5 or sha1 or sha256",
+    }
+    for content, told in bad.items():
+        list_of.write_text(content)
+        with pytest.raises(ValueError, match=told):
+            DigestList(list_of)
 
 
 def test_combined_scores_are_those_of_either(room: Path) -> None:
@@ -224,8 +291,8 @@ def test_towers_equal_transformers_and_see_the_ends_of_a_wide_picture(room: Path
     wide = Image.new("RGB", (96, 32))
     wide.paste(image, (64, 0))
     (parts,) = tower.features([wide])
-    assert parts.shape == (3, 128)
-    torch.testing.assert_close(parts[2:], theirs, atol=1e-4, rtol=0)
+    assert parts.shape == (5, 128)
+    torch.testing.assert_close(parts[4:], theirs, atol=1e-4, rtol=0)
 
 
 def test_long_texts_are_read_to_their_end(room: Path) -> None:
@@ -233,6 +300,18 @@ def test_long_texts_are_read_to_their_end(room: Path) -> None:
     short, long = tower.features(["red", "red circle on gray " * 30])
     assert len(short) == 1
     assert len(long) > 1
+
+
+def test_no_phrase_is_cut_in_two_between_windows(room: Path) -> None:
+    tower = TextTower(room / "clip", CPU)
+    phrase = tower._windows("a red sign")[0][1:-1]
+    half = (tower.tokens - 2) // 2
+    assert 1 < len(phrase) <= half
+    for before in range(3 * tower.tokens):
+        text = "a " * before + "a red sign" + " a" * 40
+        windows = [window[1:-1] for window in tower._windows(text)]
+        assert all(len(window) <= tower.tokens - 2 for window in windows)
+        assert any(window[i : i + len(phrase)] == phrase for window in windows for i in range(len(window))), before
 
 
 def test_a_folder_without_the_projection_is_refused(room: Path, tmp_path: Path) -> None:
