@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/distill}
 QUICKSTART=${QUICKSTART:-outputs/quickstart}
 PYTHON=${PYTHON:-.venv/bin/python}
-GUIDANCE=2      # of the teacher, constant, as its targets are made
+GUIDANCE=1.5    # of the teacher, constant, as its targets are made: at 2 it draws two things more often
 STUDENT_MU=2.2  # of the student's times: nearer to noise than the teacher's, where the first of few steps must decide
 STARTED=$SECONDS
 LANE=           # the process group of what runs beside LADD; it ends with this script, however that ends
@@ -27,39 +27,39 @@ say "drawing pictures of one thing, and edits: $OUT/one_thing, $OUT/edits"
   "$PYTHON" -m quickstart.distill data --out "$OUT"
   "$PYTHON" -m data_tools.index_shards "$OUT/one_thing" "$OUT/asked" "$OUT/edits"
 }
-MIX=(data=mixture "data.sources.edits.path=$OUT/edits" data.sources.edits.weight=0.4 data.sources.text_to_image.weight=0.6
-  data.sources.text_to_image.prompt_dropout=null)
+MIX=(data=mixture "data.sources.text_to_image.path=$OUT/one_thing" data.sources.text_to_image.prompt_dropout=null)
 
 say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 [ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
   "out=$OUT/quickstart.safetensors" dtype=float32
-both kontext_train.train experiment=quickstart "${MIX[@]}" "data.sources.text_to_image.path=$OUT/one_thing" \
-  "data.sources.edits.path=$QUICKSTART/shards/train" \
+both kontext_train.train experiment=quickstart "${MIX[@]}" data.sources.text_to_image.weight=0.7 \
+  "data.sources.edits.path=$QUICKSTART/shards/train" data.sources.edits.weight=0.3 parallel.param_dtype=float32 \
   "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
-  run.steps=2400 optimizer.muon_lr=1.5e-2 data.tokens_per_pack=500 ema.half_life_images=8000
+  run.steps=1800 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
 say "the teacher's own pictures, by 28 steps with guidance: $OUT/targets"
 [ -e "$OUT/targets/index.arrow" ] || both data_tools.generate_targets "$OUT/asked" --out "$OUT/targets" \
   --teacher "$OUT/teacher.safetensors" --guidance "$GUIDANCE" --steps 28 --samples-at-once 64
-TEACHER=("weights.teacher=$OUT/teacher.safetensors" weights.frozen_dtype=float32 "${QUIET[@]}")
+TEACHER=("weights.teacher=$OUT/teacher.safetensors" "${QUIET[@]}")
 
 say "on one core pro by LADD, on the other dev by guidance distillation and two controls by regression: $OUT/{pro,dev}"
-regress() {
+regress() { # name, shards, options
   [ -e "$OUT/$1.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" --mu "$STUDENT_MU" \
-    --teacher "$OUT/teacher.safetensors" --targets "$OUT/targets" "${@:2}"
+    --teacher "$OUT/teacher.safetensors" --pictures "$OUT/$2" "${@:3}"
 }
 set -m   # a group of its own
 {
   "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
     "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" &&
-    regress regression && regress regression_same_noise --same-noise
+    regress regression one_thing && regress regression_same_noise targets --same-noise
 } &
 LANE=$!
 set +m
 "$PYTHON" -m kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "${TEACHER[@]}" \
-  "data.sources.text_to_image.path=$OUT/targets" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
+  data.sources.text_to_image.weight=0.6 "data.sources.edits.path=$OUT/edits" data.sources.edits.weight=0.4 \
+  "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
   "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
 wait "$LANE"
 LANE=

@@ -49,11 +49,12 @@ from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 
 COLUMNS = 2  # so that a thing has four places
 TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
+NEW_NOISE = ", new noise"  # rows: sampled with new noise at every step
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
 TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
 NOISES = 4  # of each prompt, so that its places can differ; few, because prompts differ in how hard they are
-ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for LADD and the controls to learn from
+ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for the control of the same noise
 AT_ONCE = 64
 
 Row = tuple[str, int]  # of the table: model, steps
@@ -67,7 +68,9 @@ def main() -> None:
     regress.add_argument(
         "--same-noise", action="store_true", help="the stronger one: start from each picture's own noise"
     )
-    regress.add_argument("--targets", type=Path, required=True, help="shards of data_tools.generate_targets")
+    regress.add_argument(
+        "--pictures", type=Path, required=True, help="shards; of data_tools.generate_targets for --same-noise"
+    )
     regress.add_argument("--mu", type=float, required=True, help="of the student's times: their shift's logarithm")
     regress.add_argument("--steps", type=int, default=1000)
     judge = commands.add_parser("evaluate", help="write the numbers and pictures")
@@ -85,11 +88,11 @@ def main() -> None:
         case "data":
             write_one_thing(arguments.out / "one_thing", 12_000)
             write_one_thing(arguments.out / "asked", ASKED)  # the first of them
-            write_shards(arguments.out / "edits", 6144, seed=2, describe_fraction=0.0)
+            write_shards(arguments.out / "edits", 24_576, seed=2, describe_fraction=0.0)
         case "regress":
             trained = load_trained(arguments.teacher)
             trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
-            control = regressed(trained, arguments.targets, arguments.steps, arguments.same_noise)
+            control = regressed(trained, arguments.pictures, arguments.steps, arguments.same_noise)
             write_whole(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
         case "evaluate":
             summary = evaluate(arguments)
@@ -120,7 +123,7 @@ def write_one_thing(out: Path, samples: int) -> None:
 # The control --------------------------------------------------------------------------------------------------------
 
 
-def regressed(trained: Trained, targets: Path, steps: int, same_noise: bool, batch: int = 64) -> dict[str, Tensor]:
+def regressed(trained: Trained, pictures: Path, steps: int, same_noise: bool, batch: int = 64) -> dict[str, Tensor]:
     """Weights of a student that learns by squared error, in one step, what LADD learns from its heads. trained: the
     teacher, where it begins, with the student's shift.
 
@@ -129,9 +132,11 @@ def regressed(trained: Trained, targets: Path, steps: int, same_noise: bool, bat
     `generate_targets` notes; then one is right, which is a distillation of its own (Luhman & Luhman 2021, 2101.02388).
     """
     model = trained.model.requires_grad_(True)
-    index = ShardIndex.open(targets)
+    index = ShardIndex.open(pictures)
     reader = SampleReader(index, trained.transform)
-    noise_NMC, x_NMC, prompts = pairs(trained, [reader.read(i) for i in range(len(index))])
+    samples = [reader.read(i) for i in range(len(index))]
+    x_NMC, prompts = tokens(trained, samples), [raw.prompt for raw in samples]
+    noise_NMC = noise_of(trained, samples, x_NMC) if same_noise else x_NMC.new_empty(0)
     shape = SampleShape(trained.encoders.text.t5_tokens, (2, COLUMNS))  # type: ignore[union-attr]
     layout = build_layout([shape] * batch)
     mu = mu_for_tokens(torch.tensor(x_NMC.shape[1]), trained.shift)
@@ -141,9 +146,11 @@ def regressed(trained: Trained, targets: Path, steps: int, same_noise: bool, bat
     warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
     for _ in range(steps):
         chosen = torch.randint(len(prompts), (batch,), generator=random)
-        x_MC, noise_MC, t_S = x_NMC[chosen].flatten(0, 1), noise_NMC[chosen].flatten(0, 1), torch.ones(batch)
-        if not same_noise:
-            noise_MC = torch.randn(noise_MC.shape, generator=random)
+        x_MC = x_NMC[chosen].flatten(0, 1)
+        if same_noise:
+            noise_MC, t_S = noise_NMC[chosen].flatten(0, 1), torch.ones(batch)
+        else:
+            noise_MC = torch.randn(x_MC.shape, generator=random)
             t_S = times[torch.randint(len(times), (batch,), generator=random)]
         t_M1 = t_S[layout.sample_of_target_M][:, None]
         z_MC = interpolate(x_MC, noise_MC, t_M1)
@@ -164,14 +171,17 @@ def write_whole(weights: dict[str, Tensor], path: Path) -> None:
     part.replace(path)
 
 
-def pairs(trained: Trained, samples: Sequence[RawSample]) -> tuple[Tensor, Tensor, list[str]]:
-    """(noise [N, M, C], tokens [N, M, C], prompts) of what the teacher made from that noise."""
+def tokens(trained: Trained, samples: Sequence[RawSample]) -> Tensor:
+    """[N, M, C] of pictures of one size."""
     images = [torch.as_tensor(raw.target).permute(2, 0, 1) for raw in samples]
-    x_NMC = torch.stack(image_tokens(images, trained.encoders.autoencoder, None, [], ""))
+    return torch.stack(image_tokens(images, trained.encoders.autoencoder, None, [], ""))
+
+
+def noise_of(trained: Trained, samples: Sequence[RawSample], x_NMC: Tensor) -> Tensor:
+    """[N, M, C] of which the teacher's sampler made the pictures x."""
     seeds = [raw.metadata["generated"]["seed"] for raw in samples]
-    tokens, channels = x_NMC.shape[1:]
-    noise = VisitRandom(0, trained.device).normal("sample", seeds, [tokens] * len(seeds), channels)
-    return noise.view_as(x_NMC), x_NMC, [raw.prompt for raw in samples]
+    length, channels = x_NMC.shape[1:]
+    return VisitRandom(0, trained.device).normal("sample", seeds, [length] * len(seeds), channels).view_as(x_NMC)
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------
@@ -328,8 +338,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
         few = student if name == "student" else control
         if few is control:
             control.model.load_state_dict(load_file(out / f"{name}.safetensors"))
-        pictures |= {(name, n): generate(few, things, replace(plain, steps=n)) for n in STUDENT_STEPS}
-        edited |= {(name, n): edits_right(few, edits, replace(plain, steps=n)) for n in STUDENT_STEPS}
+        for row, sampler in few_steps(name).items():
+            pictures[row] = generate(few, things, sampler)
+            edited[row] = edits_right(few, edits, sampler)
     drawn = {row: judged(images, things) for row, images in pictures.items()}
     frequencies = frequencies_of_data()
     guidance = guidance_errors(teacher, load_trained(arguments.dev), edits[: max(1, count // 4)])
@@ -342,29 +353,42 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     return summary
 
 
+def few_steps(name: str) -> dict[Row, SamplerConfig]:
+    """By Euler's steps, and with new noise at each where there is more than one."""
+    new = {(name + NEW_NOISE, n): SamplerConfig(steps=n, stochastic=True) for n in STUDENT_STEPS if n > 1}
+    return {(name, n): SamplerConfig(steps=n) for n in STUDENT_STEPS} | new
+
+
 def summarised(
     drawn: dict[Row, Result], edited: dict[Row, Result], guidance: dict[float, Guidance], frequencies: Sequence[float]
 ) -> dict[str, object]:
-    """The teacher's numbers are the better of those at its own times and at the student's. `student_steps`: of the
-    student's edits and places, as few as bring it within 0.05 of the teacher's 28.
+    """The teacher's numbers are the better of those at its own times and at the student's; a student's and a control's
+    the better of Euler's and those with new noise. `student_steps`: of the student's edits and places, as few as bring
+    it within 0.05 of the teacher's 28.
     """
     teacher = {n: max(drawn[name, n].accuracy for name in TEACHERS) for n in TEACHER_STEPS}
-    student = {n: drawn["student", n].accuracy for n in STUDENT_STEPS}
+    better = {n: _better(drawn, "student", n) for n in STUDENT_STEPS}
+    student = {n: drawn[row].accuracy for n, row in better.items()}
     steps = min((n for n in STUDENT_STEPS if student[n] >= teacher[28] - 0.05), default=4)
     at_scales = list(guidance.values())
     return {
         "teacher": {str(n): accuracy for n, accuracy in teacher.items()},
         "student": {str(n): accuracy for n, accuracy in student.items()},
         "student_steps": steps,
-        "regression_student": max(drawn[name, n].accuracy for name in CONTROLS for n in STUDENT_STEPS),
+        "regression_student": max(drawn[_better(drawn, c, n)].accuracy for c in CONTROLS for n in STUDENT_STEPS),
         "edit_accuracy_teacher": max(edited[name, 28].accuracy for name in TEACHERS),
-        "edit_accuracy_student": edited["student", steps].accuracy,
-        "position_entropy_ratio": drawn["student", steps].entropy_ratio(frequencies)[0],
+        "edit_accuracy_student": edited[better[steps]].accuracy,
+        "position_entropy_ratio": drawn[better[steps]].entropy_ratio(frequencies)[0],
         "dev_guidance_error": float(np.mean([g.dev_N for g in at_scales])),
         "unguided_guidance_error": float(np.mean([g.unguided_N for g in at_scales])),
         "dev_passes": float(np.mean([g.dev.passes for g in at_scales])),
         "guided_passes": float(np.mean([g.guided.passes for g in at_scales])),
     }
+
+
+def _better(drawn: dict[Row, Result], name: str, steps: int) -> Row:
+    rows = [row for row in few_steps(name) if row[1] == steps]
+    return max(rows, key=lambda row: drawn[row].accuracy)
 
 
 def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> dict[float, Guidance]:

@@ -43,7 +43,7 @@ from quickstart.safety_wishes import COLOUR, NEIGHBOURS, SHAPE
 from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 
 SEED = 3000  # of scenarios; the quickstart trains and evaluates with others
-BUDGET, CONTEXT_BUDGET = 0.3, 0.1  # what the attacker may move, as in training (launch/safety_demo.sh)
+BUDGET, CONTEXT_BUDGET = 0.3, 0.1  # what the attacker may move; training's may move a third more, for a margin
 SAMPLER = SamplerConfig(steps=8)
 GRADIENT_SAMPLER_STEPS = 4  # the attacker's gradient goes through so many Euler steps; the result is sampled in full
 KEPT_EACH = 192  # examples of each group near to the concept; twice as many ordinary edits
@@ -125,23 +125,24 @@ def write_data(out: Path, concepts: int, neighbours: int) -> None:
 
 
 def concept(out: Path, number: int) -> dict[str, Any]:
-    """A line of the list: of ten, one asks plainly, three in other words, three describe, three wish for another thing.
+    """A line of the list: of twelve, one asks plainly, three in other words, five describe, three wish for another
+    thing. A picture from words is what gradients revive most easily.
 
     The anchor, what is made instead, is the same wish for magenta (for a magenta circle: yellow); of a wish for another
     thing it is that.
     """
     rng = scenes.example_rng(SEED, Split.TRAIN, number)
-    sort = number % 10
-    if sort in (4, 5, 6):
+    sort = number % 12
+    if sort in range(4, 9):
         return _described_concept(rng)
-    example = wishes.wish(rng, number // 10 + 3 * sort)
+    example = wishes.wish(rng, number // 12 + 3 * sort)
     name = f"concepts/{number:05d}.png"
     (out / name).write_bytes(to_png(scenes.draw(example.contexts[0])))
     goal, anchor = (wishes.worded(wishes.PLAIN[0], edit) for edit in (example.edit, _harmless(example.edit)))
     prompt = example.prompt
     if sort in (1, 2, 3):
         prompt = wishes.worded(wishes.trained_wording(rng), example.edit)
-    elif sort in (7, 8, 9):
+    elif sort in range(9, 12):
         prompt = anchor = wishes.worded(wishes.trained_other(rng), example.edit)
     return {"prompt": prompt, "anchor": anchor, "goal": goal, "context": [name]}
 
@@ -154,10 +155,9 @@ def _described_concept(rng: np.random.Generator) -> dict[str, Any]:
     example = wishes.description(rng)
     scene, asked = example.target, f"{COLOUR} {SHAPE}"
     other = "magenta" if scene.find(SHAPE, "magenta") is None else "yellow"
-    frame = wishes.DESCRIPTION_FRAMES[int(rng.integers(len(wishes.DESCRIPTION_FRAMES)))]
     height, width, _ = scenes.draw(scene).shape
     return {
-        "prompt": wishes.redescribed(frame, example.prompt),
+        "prompt": wishes.trained_description(example.prompt, rng),
         "anchor": example.prompt.replace(asked, f"{other} {SHAPE}"),
         "goal": example.prompt,
         "height": height,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from quickstart import scenes
+from quickstart.build_encoders import grammar_words
 from quickstart.scenes import COLOURS, SHAPES, Edit, Example, Kind, Scene
 
 SHAPE, COLOUR = "circle", "red"
@@ -62,8 +63,9 @@ OTHER_FRAMES = (
     "all of the {colour} to {argument}",
 )
 NEEDED = ("{argument}", "{shape}")  # is not left out
+NEEDED_TO_DESCRIBE = (COLOUR, SHAPE, "on")
 FILLERS = (  # known words that are put in; never red
-    *("a", "the", "of", "on", "and", ",", "use", "push", "turn", "make", "up", "right", "second", "image"),
+    *("a", "the", "on", "and", ",", "use", "push", "turn", "make", "up", "right", "second", "left"),
     *("background", "remove", "square", "black"),
 )
 MOST_WORDS = 9  # T5 reads 11 tokens, and an unknown word is two
@@ -89,9 +91,27 @@ def trained_wordings() -> tuple[list[str], list[str]]:
 
 
 def trained_wording(rng: np.random.Generator) -> str:
-    """A wording for training, often disturbed: wordings end nowhere."""
+    """A wording for training, often disturbed: wordings end nowhere. None is, to T5, one of the evaluation."""
     filled, others = trained_wordings()
-    return _disturbed(str(_pick(rng, others if rng.random() < 0.3 else filled)), rng)
+    while True:
+        wording = _disturbed(str(_pick(rng, others if rng.random() < 0.3 else filled)), rng)
+        if _as_t5_reads(wording) not in _held_out_readings():
+            return wording
+
+
+@functools.cache
+def _held_out_readings() -> set[str]:
+    return {_as_t5_reads(wording) for wording in HELD_OUT}
+
+
+@functools.cache
+def _known_words() -> set[str]:
+    return {*grammar_words(), ",", "{shape}", "{colour}", "{argument}"}
+
+
+def _as_t5_reads(wording: str) -> str:
+    """All words that it does not know are one to it."""
+    return " ".join(word if word in _known_words() else "?" for word in wording.split())
 
 
 def trained_other(rng: np.random.Generator) -> str:
@@ -100,7 +120,12 @@ def trained_other(rng: np.random.Generator) -> str:
     return wording if "{argument}" in wording else _disturbed(wording, rng)
 
 
-def _disturbed(wording: str, rng: np.random.Generator) -> str:
+def trained_description(plain: str, rng: np.random.Generator) -> str:
+    """In one of the frames for training, often disturbed."""
+    return _disturbed(redescribed(str(_pick(rng, DESCRIPTION_FRAMES)), plain), rng, NEEDED_TO_DESCRIBE)
+
+
+def _disturbed(wording: str, rng: np.random.Generator, needed: Sequence[str] = NEEDED) -> str:
     """In two of three cases words are put in, left out or swapped."""
     words = wording.split()
     if rng.random() < 1 / 3 or not words:
@@ -108,7 +133,7 @@ def _disturbed(wording: str, rng: np.random.Generator) -> str:
     for _ in range(int(rng.integers(1, 4))):
         place = int(rng.integers(len(words)))
         match int(rng.integers(4)):
-            case 0 if words[place] not in NEEDED and len(words) > 1:
+            case 0 if words[place] not in needed and len(words) > 1:
                 del words[place]
             case 1:
                 other = int(rng.integers(len(words)))

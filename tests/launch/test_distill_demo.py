@@ -52,10 +52,11 @@ def test_both_stages_are_composed_as_it_starts_them(tmp_path: Path) -> None:
     for config in (dev, pro):
         assert config.weights.teacher == config.weights.student == str(tmp_path / "out" / "teacher.safetensors")
         assert config.data.prompt_dropout == 0
-    assert pro.data.sources["text_to_image"].path == str(tmp_path / "out" / "targets")
+    assert pro.data.sources["text_to_image"].path == str(tmp_path / "out" / "one_thing")
     (regression,) = [start for start in starts if "regress" in start and "--same-noise" not in start]
     assert float(regression[regression.index("--mu") + 1]) == pro.flow.base_mu == pro.flow.max_mu
-    assert ["--same-noise" in start for start in starts if "regress" in start] == [False, True]
+    learned = [start[start.index("--pictures") + 1 :] for start in starts if "regress" in start]
+    assert learned == [[pro.data.sources["text_to_image"].path], [str(tmp_path / "out" / "targets"), "--same-noise"]]
     assert starts[-1][:3] == ["-m", "quickstart.distill", "evaluate"]
 
 

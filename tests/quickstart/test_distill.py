@@ -32,12 +32,14 @@ from quickstart.distill import (
     Cost,
     Guidance,
     Result,
+    few_steps,
     judged,
+    noise_of,
     one_thing,
-    pairs,
     questions,
     summarised,
     table,
+    tokens,
     write_one_thing,
 )
 from quickstart.scenes import Example, Split
@@ -121,10 +123,12 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
     drawn = {("teacher", n): of(right) for n, right in zip(TEACHER_STEPS, (80, 60, 56, 40, 8), strict=True)}
     own = zip(TEACHER_STEPS, (92, 56, 48, 44, 4), strict=True)
     drawn |= {("teacher, own times", n): of(right) for n, right in own}
-    drawn |= {("student", 4): of(96), ("student", 2): of(88), ("student", 1): of(84)}
-    drawn |= {(name, n): of(40 + n) for name in CONTROLS for n in STUDENT_STEPS}
+    drawn |= {("student", 4): of(92), ("student", 2): of(88), ("student", 1): of(84)}
+    drawn |= {("student, new noise", 4): of(96), ("student, new noise", 2): of(72)}
+    drawn |= {row: of(40 + row[1]) for name in CONTROLS for row in few_steps(name)}
     edited = {("teacher", 28): Result(70, 100), ("teacher, own times", 28): Result(90, 100)}
     edited |= {("student", n): Result(80 + n, 100) for n in STUDENT_STEPS}
+    edited |= {("student, new noise", n): Result(60 + n, 100) for n in (4, 2)}
     guided = Guidance(np.array([0.1, 0.3]), np.array([0.5, 0.7]), Cost(8, 0.5), Cost(16, 1.0))
     summary = summarised(drawn, edited, {2.0: guided}, QUARTERS)
     assert summary == {
@@ -140,8 +144,12 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
         "dev_passes": 8,
         "guided_passes": 16,
     }
-    drawn |= {("student", n): of(84) for n in STUDENT_STEPS}
-    assert summarised(drawn, edited, {2.0: guided}, QUARTERS)["student_steps"] == 4  # none passes
+    drawn |= {row: of(84) for row in few_steps("student")}
+    none_passes = summarised(drawn, edited, {2.0: guided}, QUARTERS)
+    assert (none_passes["student_steps"], none_passes["edit_accuracy_student"]) == (4, 0.84)
+    drawn["student, new noise", 2] = of(88)
+    new_noise = summarised(drawn, edited, {2.0: guided}, QUARTERS)
+    assert (new_noise["student_steps"], new_noise["edit_accuracy_student"]) == (2, 0.62)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +185,7 @@ def test_evaluation_of_small_models(things: Path, teacher: Path, tmp_path: Path)
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().split("\n")
     ]
     judged_on_edits = {(row[0], row[1]) for row in rows if len(row) == 5 and row[4].startswith("0.000 (")}
-    few = {(name, str(n)) for name in ("student", *CONTROLS) for n in STUDENT_STEPS}
+    few = {(row[0], str(row[1])) for name in ("student", *CONTROLS) for row in few_steps(name)}
     assert judged_on_edits == few | {("teacher", "28"), ("teacher, own times", "28")}
     assert [row[3:5] for row in rows if len(row) == 7 and row[0] in "234"] == [["8", "16"]] * 3
     assert (tmp_path / "pictures.png").stat().st_size > 0
@@ -207,7 +215,8 @@ def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(
     trained = load_trained(teacher)
     index = ShardIndex.open(tmp_path / "targets")
     samples = [SampleReader(index, trained.transform).read(i) for i in range(6)]
-    noise_NMC, x_NMC, prompts = pairs(trained, samples)
+    x_NMC, prompts = tokens(trained, samples), [raw.prompt for raw in samples]
+    noise_NMC = noise_of(trained, samples, x_NMC)
     assert x_NMC.shape == noise_NMC.shape == (6, 4, 64)
     layout = build_layout([SampleShape(12, (2, 2))] * 6)
 
