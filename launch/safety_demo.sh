@@ -31,8 +31,12 @@ train() { # name, then options
     +data.sources.ordinary.path="$OUT/ordinary" +data.sources.beside.path="$OUT/beside" \
     objective.concepts="$OUT/concepts.jsonl" "${@:2}" 2> "$OUT/$1.log" || { tail -n 5 "$OUT/$1.log" >&2; return 1; }
 }
+measured() { # name, model: is there, and no weights are newer
+  [ -e "$OUT/measured/$1.json" ] &&
+    [ -z "$(find "$2" \( -name COMPLETE -o -name "*.safetensors" \) -newer "$OUT/measured/$1.json")" ]
+}
 measure() { # name, model
-  [ -e "$OUT/measured/$1.json" ] || python -m quickstart.safety measure --name "$1" --model "$2" --out "$OUT" \
+  measured "$1" "$2" || python -m quickstart.safety measure --name "$1" --model "$2" --out "$OUT" \
     --count "${SCENARIOS:-96}" 2> "$OUT/measure_$1.log" || { tail -n 5 "$OUT/measure_$1.log" >&2; return 1; }
   say "$1 is measured"
 }

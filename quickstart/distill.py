@@ -52,6 +52,7 @@ TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 NEW_NOISE = ", new noise"  # rows: sampled with new noise at every step
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
 TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
+GUIDED, GUIDANCE, GUIDED_STEPS = "teacher, guided", 1.5, (28, 2, 1)  # a row: two passes a step, at the student's times
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
 NOISES = 4  # of each prompt, so that its places can differ; few, because prompts differ in how hard they are
 ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for the control of the same noise
@@ -77,7 +78,6 @@ def main() -> None:
     judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
     judge.add_argument("--dev", type=Path, required=True, help="the run of stage guidance_distillation")
     judge.add_argument("--samples", type=int, default=768, help="768: every prompt, with 4 noises")
-    judge.add_argument("--guidance", type=float, required=True, help="of the teacher, as its targets were made")
     for command in (regress, judge):
         command.add_argument("--teacher", type=Path, required=True)
     for command in (data, regress, judge):
@@ -326,13 +326,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     out, count = arguments.out, arguments.samples
     teacher, student = load_trained(arguments.teacher), load_trained(arguments.student)
     things, edits = questions(count), held_out_examples(Split.HELDOUT_SCENES, count, EDIT_KINDS)
-    guided, plain = SamplerConfig(guidance=arguments.guidance), SamplerConfig(guidance=1.0)
     pictures: dict[Row, list[Tensor]] = {}
     edited: dict[Row, Result] = {}
     for name, shift in zip(TEACHERS, (teacher.shift, student.shift), strict=True):
         teacher.shift = shift
-        pictures |= {(name, n): generate(teacher, things, replace(guided, steps=n)) for n in TEACHER_STEPS}
-        edited[name, 28] = edits_right(teacher, edits, replace(plain, steps=28))
+        pictures |= {(name, n): generate(teacher, things, SamplerConfig(steps=n)) for n in TEACHER_STEPS}
+        edited[name, 28] = edits_right(teacher, edits, SamplerConfig(steps=28))
+    for n in GUIDED_STEPS:
+        pictures[GUIDED, n] = generate(teacher, things, SamplerConfig(steps=n, guidance=GUIDANCE))
     control = replace(student, model=copy.deepcopy(teacher.model))
     for name in ("student", *CONTROLS):
         few = student if name == "student" else control
@@ -347,7 +348,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     summary = summarised(drawn, edited, guidance, frequencies)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "table.md").write_text(table(drawn, edited, frequencies) + "\n" + table_of_guidance(guidance))
-    chosen = [pictures["teacher", 28], pictures["student", 4], pictures["student", 1]]
+    chosen = [pictures["teacher", 28], pictures["student" + NEW_NOISE, 4], pictures["student", 1]]
     numbers = range(0, count, max(1, count // 12))  # of several prompts
     save_grid(out / "pictures.png", [(things[i].prompt, [images[i] for images in chosen]) for i in numbers], scale=3)
     return summary
@@ -373,6 +374,7 @@ def summarised(
     at_scales = list(guidance.values())
     return {
         "teacher": {str(n): accuracy for n, accuracy in teacher.items()},
+        "teacher_guided": {str(n): drawn[GUIDED, n].accuracy for n in GUIDED_STEPS},
         "student": {str(n): accuracy for n, accuracy in student.items()},
         "student_steps": steps,
         "regression_student": max(drawn[_better(drawn, c, n)].accuracy for c in CONTROLS for n in STUDENT_STEPS),

@@ -123,6 +123,7 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
     drawn = {("teacher", n): of(right) for n, right in zip(TEACHER_STEPS, (80, 60, 56, 40, 8), strict=True)}
     own = zip(TEACHER_STEPS, (92, 56, 48, 44, 4), strict=True)
     drawn |= {("teacher, own times", n): of(right) for n, right in own}
+    drawn |= {("teacher, guided", 28): of(96), ("teacher, guided", 2): of(64), ("teacher, guided", 1): of(4)}
     drawn |= {("student", 4): of(92), ("student", 2): of(88), ("student", 1): of(84)}
     drawn |= {("student, new noise", 4): of(96), ("student, new noise", 2): of(72)}
     drawn |= {row: of(40 + row[1]) for name in CONTROLS for row in few_steps(name)}
@@ -133,6 +134,7 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
     summary = summarised(drawn, edited, {2.0: guided}, QUARTERS)
     assert summary == {
         "teacher": {"28": 0.92, "8": 0.6, "4": 0.56, "2": 0.44, "1": 0.08},
+        "teacher_guided": {"28": 0.96, "2": 0.64, "1": 0.04},
         "student": {"4": 0.96, "2": 0.88, "1": 0.84},
         "student_steps": 2,
         "regression_student": 0.44,
@@ -174,7 +176,7 @@ def test_evaluation_of_small_models(things: Path, teacher: Path, tmp_path: Path)
     weights = {name: parameter.detach() for name, parameter in load_trained(teacher).model.named_parameters()}
     for name in CONTROLS:
         distill.write_whole(weights, tmp_path / f"{name}.safetensors")
-    arguments = Namespace(out=tmp_path, teacher=teacher, student=teacher, dev=tmp_path / "dev", guidance=2.0, samples=4)
+    arguments = Namespace(out=tmp_path, teacher=teacher, student=teacher, dev=tmp_path / "dev", samples=4)
     summary = distill.evaluate(arguments)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["dev_passes"], summary["guided_passes"]) == (8, 16)
