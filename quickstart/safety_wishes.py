@@ -77,6 +77,14 @@ DESCRIPTION_FRAMES = (
     "{things}",
     "{background} with {things}",
     "only {plain}",
+    "make {plain}",
+    "use {plain}",
+    "the second {things} on {background}",
+    "{things} of {background}",
+    "{background} of {things}",
+    "{background} , {things}",
+    "{plain} image",
+    "and {plain}",
 )
 
 

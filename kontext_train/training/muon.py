@@ -21,7 +21,9 @@ NEWTON_SCHULZ_STEPS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7  # a
 
 
 class Muon(Optimizer):
-    """Same update as torch.optim.Muon (Nesterov momentum, five Newton-Schulz steps, its "original" lr adjustment)."""
+    """torch.optim.Muon's update (Nesterov momentum, five Newton-Schulz steps, its "original" lr adjustment); the same to
+    the last bit where both iterate in bfloat16.
+    """
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, rounding: StochasticRounding
@@ -102,7 +104,7 @@ def _orthogonalised_together(parts: list[Tensor], parameters: Sequence[Tensor], 
     sizes_of_mine = [0 if mine is None else _rows(mine, r, ranks) * mine.shape[1] for r in range(ranks)]
 
     dtype = _iteration_dtype(parts[0].device)
-    change = _exchange(torch.cat([part.flatten().to(dtype) for part in parts]), sizes, sizes_of_mine, group)
+    change = _exchange(torch.cat([part.flatten().to(dtype) for part in parts]), sizes, sizes_of_mine, group).float()
     if mine is not None:
         change = _orthogonalised(change.view(mine.shape), lr).flatten()
     changes = _exchange(change, sizes_of_mine, sizes, group).split(sizes)

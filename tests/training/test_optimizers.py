@@ -92,8 +92,9 @@ def muon_steps(weights: list[Tensor], shard: Any) -> list[Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in parameters]
 
 
-def check_muon(weights: list[Tensor]) -> None:
-    """Bit-equal to one process, with every matrix made orthogonal once in its copy."""
+def check_muon(weights: list[Tensor], dtype: torch.dtype) -> None:
+    """Bit-equal to one process, with every matrix made orthogonal once in its copy. dtype: as on a GPU, or a CPU."""
+    muon._iteration_dtype = lambda device: dtype
     expected = muon_steps(weights, lambda w: w.clone())
     calls: list[torch.Size] = []
     made = muon._orthogonalised
@@ -112,12 +113,13 @@ def check_muon(weights: list[Tensor]) -> None:
             assert shares[-1] == -(-len(weights) // sharing), (name, shares)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_muon_shares_its_work_and_equals_one_process(ranks: int) -> None:
+def test_muon_shares_its_work_and_equals_one_process(ranks: int, dtype: torch.dtype) -> None:
     """Uneven shards, shards of no rows, and more matrices than ranks and fewer."""
     weights = [torch.randn(s) for s in ((24, 16), (7, 40), (3, 5), (1, 8), (32, 32))]
-    in_processes(ranks, check_muon, weights)
-    in_processes(ranks, check_muon, weights[:1])
+    in_processes(ranks, check_muon, weights, dtype)
+    in_processes(ranks, check_muon, weights[:1], dtype)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
