@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from kontext_train.objectives.config import GuidanceDistillationConfig, LaddConfig
+from quickstart import distill
 from tests.launch.cluster import until
 from tests.launch.conftest import ROOT
 from tests.launch.leftovers import command_line
@@ -55,6 +56,7 @@ def test_both_stages_are_composed_as_it_starts_them(tmp_path: Path) -> None:
     assert pro.data.sources["text_to_image"].path == str(tmp_path / "out" / "one_thing")
     (regression,) = [start for start in starts if "regress" in start and "--same-noise" not in start]
     assert float(regression[regression.index("--mu") + 1]) == pro.flow.base_mu == pro.flow.max_mu
+    assert (tuple(pro.objective.probabilities), pro.run.steps) == (distill.PROBABILITIES, distill.CONTROL_STEPS)
     learned = [start[start.index("--pictures") + 1 :] for start in starts if "regress" in start]
     assert learned == [[pro.data.sources["text_to_image"].path], [str(tmp_path / "out" / "targets"), "--same-noise"]]
     assert starts[-1][:3] == ["-m", "quickstart.distill", "evaluate"]
