@@ -13,7 +13,7 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
+        return bool(self.value >= self.limit if self.at_least else self.value <= self.limit)  # of NumPy's numbers too
 
 
 def at_least(name: str, value: float, limit: float) -> Bar:

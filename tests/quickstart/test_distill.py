@@ -186,7 +186,7 @@ def test_bars_are_those_that_the_demonstration_is_for() -> None:
     for key, values in worse.items():
         for value in values:
             assert not all(bar.met for bar in distill.judged_by(good | {key: value})), (key, value)
-    text = bars.table([bars.at_least("a", 0.5, 0.4), bars.at_most("b", 0.5, 0.4)])
+    text = bars.table([bars.at_least("a", np.float64(0.5), 0.4), bars.at_most("b", 0.5, 0.4)])
     assert "| a | 0.5 | ≥ 0.4 | met |\n| b | 0.5 | ≤ 0.4 | missed |\n" in text
 
 
