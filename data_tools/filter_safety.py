@@ -51,6 +51,7 @@ class _Shard:
     source: Path
     out: Path
     rules: Path
+    digest: str  # of the rules; what is written is said to have passed it
     labels: str | None
 
 
@@ -72,14 +73,17 @@ def filter_safety(
         max_false_positives: share of the other samples that a proposed threshold may find.
 
     Raises:
-        ValueError: a bad policy or expression, no index, encoded shards, nothing is kept, `out` is not new.
+        ValueError: a bad policy or expression, one that changed meanwhile, no index, encoded shards, nothing is kept,
+            `out` is not new.
         OSError: files could not be read or written.
     """
     from kontext_train.safety.judge import rules_digest  # torch
 
     policy = read_rules(rules)
     _metadata_clauses(policy)
-    _judge(rules, digest := rules_digest(policy))  # a model or list that does not do is refused before anything is read
+    _judge(
+        policy, digest := rules_digest(policy)
+    )  # a model or list that does not do is refused before anything is read
     index = ShardIndex.open(folder)
     if index.encoding is not None:
         raise ValueError(f"{folder} holds encoded shards. Filter the images that they were made from, and encode again")
@@ -87,7 +91,7 @@ def filter_safety(
     with growing_folder(out) as partial:
         tasks = []
         for shard in shards:
-            given = _Shard(shard, partial / shard.name, rules, labels)
+            given = _Shard(shard, partial / shard.name, rules, digest, labels)
             tasks.append(Task(shard.name, given, shard_digest(shard, digest, labels), 1))
         results = run_tasks(
             _filter, tasks, partial, processes=processes, total=len(tasks), label="filter", unit=" shards"
@@ -106,6 +110,7 @@ def filter_safety(
         _write_lists(partial, ordered)
         with replacing(partial / REPORT_NAME) as file:
             file.write(json.dumps(report, indent=2).encode())
+        _read_unchanged(rules, digest)
         if build_index(partial, passed=report["policy"]).samples != kept:
             raise ValueError(f"{partial} was changed by something else meanwhile. Remove it, run again")
     return report
@@ -172,11 +177,9 @@ def _write_lists(partial: Path, results: Sequence[dict[str, Any]]) -> None:
 
 def _filter(given: _Shard) -> dict[str, Any]:
     """Judges one shard, writes what is kept of it, and returns findings and counts."""
-    from kontext_train.safety.judge import rules_digest
-
-    policy = read_rules(given.rules)
+    policy = _read_unchanged(given.rules, given.digest)
     clauses = _metadata_clauses(policy)
-    judge = _judge(given.rules, rules_digest(policy))
+    judge = _judge(policy, given.digest)
     label = None if given.labels is None else parse_clauses(given.labels)
     result: dict[str, Any] = {"kept": 0, "dropped": 0, "quarantined": [], "audit": [], "scores": []}
     runs: list[Span] = []
@@ -287,14 +290,27 @@ def _metadata_clauses(policy: Rules) -> dict[str, list[Clause]]:
     return {rule.name: parse_clauses(rule.where) for rule in policy.rules if rule.kind is Kind.metadata}
 
 
+def _read_unchanged(rules: Path, digest: str) -> Rules:
+    """The policy. ValueError unless it is the one that the run began with, which the index will name."""
+    from kontext_train.safety.judge import rules_digest
+
+    policy = read_rules(rules)
+    if rules_digest(policy) != digest:
+        hint = "Leave them as they are and run the same command again: all shards are filtered anew"
+        raise ValueError(f"{rules}: it, or a list, head or model that it names, changed while the filter ran. {hint}")
+    return policy
+
+
 @lru_cache(maxsize=1)
-def _judge(rules: Path, digest: str) -> Any:
+def _judge(policy: Rules, digest: str) -> Any:
     """Loaded once in each process. digest: of the policy, so that a changed one is not taken for it."""
     import torch
 
     from kontext_train.safety.judge import Judge
 
-    return Judge(read_rules(rules), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    judge = Judge(policy, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _read_unchanged(policy.source, digest)  # lists are read after the digest is made
+    return judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:

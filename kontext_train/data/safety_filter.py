@@ -37,6 +37,8 @@ class FilterRecord:
         try:
             given = json.loads(raw)
             passed = {"name": str(given["name"]), "digest": str(given["digest"]), "reports_only": given["reports_only"]}
+            if not isinstance(passed["reports_only"], bool):
+                raise TypeError("reports_only must be true or false")
             return cls(
                 path, passed, {name: (shard["bytes"], shard["table"]) for name, shard in given["shards"].items()}
             )
@@ -84,10 +86,25 @@ def check_filter(key: str, folder: str, passed: Mapping[str, Any] | None, requir
         hint = "Give what filter_safety printed, or the name alone"
         raise ConfigError("data.require_safety_filter", required, "has no digest behind its @", hint)
     if passed is not None and passed["name"] == name and passed["digest"].startswith(digest):
-        if passed.get("reports_only", True):  # an index from before this was recorded cannot tell
-            rule = f"passed {name}@{passed['digest'][:12]}, whose rules only report: it kept nothing out"
-            raise ConfigError(key, folder, rule, "Filter with a policy that has a rule of policy drop or quarantine")
+        _check_keeps_out(key, folder, passed)
         return
-    has = "passed no safety filter" if passed is None else f"passed {passed['name']}@{passed['digest'][:12]}"
+    has = "passed no safety filter" if passed is None else _has_passed(passed)
     rule = f"{has}, and data.require_safety_filter={required}"
     raise ConfigError(key, folder, rule, "Run python -m data_tools.filter_safety over it")
+
+
+def _check_keeps_out(key: str, folder: str, passed: Mapping[str, Any]) -> None:
+    match passed.get("reports_only"):
+        case False:
+            return
+        case True:
+            rule = f"{_has_passed(passed)}, whose rules only report: it kept nothing out"
+            hint = "Filter with a policy that has a rule of policy drop or quarantine"
+        case _:
+            rule = f"{_has_passed(passed)} in an earlier version, which did not record whether its rules only report"
+            hint = "Run python -m data_tools.index_shards over it; if that refuses its safety.json, filter again"
+    raise ConfigError(key, folder, rule, hint)
+
+
+def _has_passed(passed: Mapping[str, Any]) -> str:
+    return f"passed {passed['name']}@{passed['digest'][:12]}"

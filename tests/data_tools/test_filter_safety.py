@@ -28,7 +28,7 @@ from kontext_train.data.transforms import Transform
 from kontext_train.errors import ConfigError
 from kontext_train.models.config import EncodersConfig
 from kontext_train.safety.hashes import perceptual_hash
-from kontext_train.safety.judge import Judge, Subject
+from kontext_train.safety.judge import Judge, Subject, rules_digest
 from kontext_train.safety.rules import read_rules
 from tests.runs import ENCODERS, overwrite
 from tests.safety.planted import PHRASE, SIDE, picture, sample, with_sign, write_clip, write_planted
@@ -250,32 +250,76 @@ def test_metadata_that_lacks_quarantines_a_sample_unless_the_rule_asks(tmp_path:
     assert left_out("two", "(has(json.source) and json.source == 'forum') or json.age < 18") == (2, [])
 
 
-def test_an_interrupted_run_goes_on_and_a_changed_policy_starts_anew(
-    room: Path, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = tmp_path / "words.yaml"
-    shutil.copy(room / "words.txt", tmp_path / "words.txt")
+def words_over_three_shards(folder: Path) -> tuple[Path, Path]:
+    """Shards, and a policy whose list is words.txt beside it."""
+    (folder / "words.txt").write_text(f"{PHRASE}\n")
+    policy = folder / "words.yaml"
     policy.write_text("name: words\nrules:\n  - {name: words, kind: words, list: words.txt, policy: drop}\n")
-    whole = filter_safety._filter
-    done = list[str]()
+    return write_planted(folder / "source", ["", "", "", "prompt", "", ""], 3, seed=8), policy
 
-    def once(given: Any) -> dict[str, Any]:
+
+def test_an_interrupted_run_goes_on_and_a_changed_policy_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, policy = words_over_three_shards(tmp_path)
+    whole, done = filter_safety._filter, list[str]()
+
+    def until_killed(given: Any) -> dict[str, Any]:
         if len(done) == 2:
             raise OSError("killed")
+        return noted(given)
+
+    def noted(given: Any) -> dict[str, Any]:
         done.append(given.source.name)
         return whole(given)
 
-    monkeypatch.setattr(filter_safety, "_filter", once)
-    with pytest.raises(OSError, match="killed"):
-        filter_safety.filter_safety(planted, tmp_path / "out", policy)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(filter_safety, "_filter", lambda given: done.append(given.source.name) or whole(given))
-    filter_safety.filter_safety(planted, tmp_path / "out", policy)
-    assert done == ["000.tar", "001.tar", "002.tar"]
+    def interrupted_and_run_again(out: Path, between: Callable[[], object]) -> list[str]:
+        done.clear()
+        monkeypatch.setattr(filter_safety, "_filter", until_killed)
+        with pytest.raises(OSError, match="killed"):
+            filter_safety.filter_safety(source, out, policy)
+        assert not out.exists()
+        between()
+        monkeypatch.setattr(filter_safety, "_filter", noted)
+        filter_safety.filter_safety(source, out, policy)
+        return done[2:]
+
+    assert interrupted_and_run_again(tmp_path / "on", lambda: None) == ["002.tar"]
     monkeypatch.setattr(filter_safety, "_filter", whole)
-    filter_safety.filter_safety(planted, tmp_path / "two", policy, processes=2)
+    filter_safety.filter_safety(source, tmp_path / "straight", policy, processes=2)
     for name in ("000.tar", "audit.jsonl", "safety.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+    before = rules_digest(read_rules(policy))
+    longer = f"{PHRASE}\nred unicorn\n"
+    again = interrupted_and_run_again(tmp_path / "anew", lambda: (tmp_path / "words.txt").write_text(longer))
+    assert again == ["000.tar", "001.tar", "002.tar"]
+    digest = json.loads((tmp_path / "anew" / "safety.json").read_text())["digest"]
+    assert digest == rules_digest(read_rules(policy)) != before
+
+
+@pytest.mark.parametrize("after", [1, 3], ids=["first-shard", "last-shard"])
+def test_a_list_that_changes_while_it_runs_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Else later shards pass a list that the digest beside them does not cover."""
+    source, policy = words_over_three_shards(tmp_path)
+    whole, done = filter_safety._filter, list[str]()
+
+    def edited(given: Any) -> dict[str, Any]:
+        result = whole(given)
+        done.append(given.source.name)
+        if len(done) == after:
+            (tmp_path / "words.txt").write_text("something else\n")
+        return result
+
+    monkeypatch.setattr(filter_safety, "_filter", edited)
+    with pytest.raises(ValueError, match=r"words\.yaml: it, or a list.* changed while the filter ran\. .*run the same"):
+        filter_safety.filter_safety(source, tmp_path / "out", policy)
+    assert len(done) == after
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    assert sorted(path.name for path in partial.glob("*.tar")) == done
+    assert not (partial / "index.arrow").exists()
+    assert not (partial / "safety.json").exists()
 
 
 def test_training_takes_only_data_that_passed_the_filter(filtered: Path, planted: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,15 +271,25 @@ def test_a_result_that_becomes_a_context_is_held_against_the_rules_for_contexts(
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_a_result_says_that_a_model_made_it(trained_run: Path, tmp_path: Path, suffix: str) -> None:
-    def description(**options: bool) -> str:
-        out = tmp_path / f"out.{suffix}"
-        config = SampleConfig(
-            str(trained_run), ["one"], out=str(out), height=32, width=32, sampler=SamplerConfig(steps=1), **options
-        )
-        sample(config)
-        with Image.open(out) as image:
-            return str(image.info.get("xmp"))
+def test_a_result_says_that_a_model_made_it_or_edited_with_it(
+    trained_run: Path, base: Path, tmp_path: Path, suffix: str
+) -> None:
+    def descriptions(*prompts: str, **options: Any) -> list[str]:
+        sampled = {"out": str(tmp_path / f"out.{suffix}"), "height": 32, "width": 32, "sampler": SamplerConfig(steps=1)}
+        found = []
+        for file in sample(SampleConfig(str(trained_run), list(prompts), **sampled, **options)):
+            with Image.open(file) as image:
+                found.append(str(image.info.get("xmp")))
+        return found
 
-    assert "digitalsourcetype/trainedAlgorithmicMedia" in description()
-    assert "digitalsourcetype" not in description(provenance=False)
+    made, edited = (
+        "digitalsourcetype/trainedAlgorithmicMedia<",
+        "digitalsourcetype/compositeWithTrainedAlgorithmicMedia<",
+    )
+    first, second = descriptions("one", "two")
+    assert made in first
+    assert edited in second  # the first
+    (edit,) = descriptions("one", context=[str(base.parent / "a.png")])
+    assert edited in edit
+    (silent,) = descriptions("one", provenance=False)
+    assert "digitalsourcetype" not in silent
