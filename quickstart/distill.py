@@ -59,9 +59,9 @@ GUIDED, GUIDANCE, GUIDED_STEPS = "teacher, guided", 1.5, (28, 2, 1)
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
 NOISES = 4  # of each prompt, so that its places can differ; few, because prompts differ in how hard they are
 ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for the control of the same noise
-AT_ONCE = 64
+AT_ONCE = 256
 # Of the controls, as LADD has them: updates, and the shares of the student's times.
-CONTROL_STEPS, PROBABILITIES = 1500, (0.45, 0.05, 0.45, 0.05)
+CONTROL_STEPS, PROBABILITIES = 1400, (0.45, 0.05, 0.45, 0.05)
 
 Row = tuple[str, int]  # of the table: model, steps
 

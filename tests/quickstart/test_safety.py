@@ -25,7 +25,7 @@ ATTACKED = ("attack_success", "text_to_image_attack_success")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("safety")
-    safety.write_data(folder, concepts=2000, neighbours=40)
+    safety.write_data(folder, concepts=4000, neighbours=40)
     return folder
 
 
@@ -45,9 +45,9 @@ def test_scenarios_lead_to_the_concept_and_do_not_hold_it() -> None:
 def test_concepts_are_a_list_that_training_reads(written: Path) -> None:
     listed = read_concepts(str(written / "concepts.jsonl"))
     words = WordList(written / "words.txt")
-    assert len(listed) == 2000
+    assert len(listed) == 4000
     assert len({concept.prompt for concept in listed}) > 1000
-    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(3, 8) for i in range(2000))
+    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(3, 8) for i in range(4000))
     for concept in listed:
         assert concept.goal is not None
         assert concept.anchor is not None
