@@ -21,8 +21,8 @@ NEWTON_SCHULZ_STEPS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-7  # a
 
 
 class Muon(Optimizer):
-    """torch.optim.Muon's update (Nesterov momentum, five Newton-Schulz steps, its "original" lr adjustment); the same to
-    the last bit where both iterate in bfloat16.
+    """torch.optim.Muon's update: Nesterov momentum, five Newton-Schulz steps, its "original" lr adjustment. Where both
+    iterate in bfloat16 it is the same to the last bit.
     """
 
     def __init__(

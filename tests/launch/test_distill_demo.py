@@ -1,48 +1,24 @@
 """launch/distill_demo.sh, with a stand-in for Python: what it would run is right, and nothing of it is left running."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 from kontext_train.objectives.config import GuidanceDistillationConfig, LaddConfig
 from quickstart import distill
-from tests.launch.cluster import until
-from tests.launch.conftest import ROOT
-from tests.launch.leftovers import command_line
+from tests.launch.demos import assert_ended, demo, options
 from tests.runs import compose_config
 
-STAND_IN = """#!/usr/bin/env bash
-python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >> "$LOG"
-case "$*" in
-  *stage=guidance_distillation*) if [ "$FAILS" ]; then sleep 600 & echo $! > "$LOG.sleeper"; wait; fi ;;
-  *stage=ladd*) if [ "$FAILS" ]; then until [ -s "$LOG.sleeper" ]; do sleep 0.05; done; exit 3; fi ;;
-  *evaluate*) touch "$OUT/table.md" ;;
-esac
-"""
 
-
-def demo(folder: Path, fails: str) -> tuple[int, list[list[str]]]:
-    """Exit status, and the arguments of each start of Python."""
-    stand_in = folder / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
+def distill_demo(folder: Path, **env: str) -> tuple[int, list[list[str]]]:
     (folder / "quickstart" / "run").mkdir(parents=True)
     (folder / "quickstart" / "run" / "config.yaml").touch()
-    given = {"PYTHON": stand_in, "OUT": folder / "out", "QUICKSTART": folder / "quickstart", "LOG": folder / "log"}
-    env = os.environ | {name: str(path) for name, path in given.items()} | {"FAILS": fails}
-    # not through pipes: what is left running would hold them open
-    with (folder / "output").open("wb") as output:
-        command = ["bash", str(ROOT / "launch" / "distill_demo.sh")]
-        status = subprocess.run(command, env=env, stdout=output, stderr=output, timeout=100).returncode
-    return status, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    return demo("distill_demo.sh", folder, QUICKSTART=folder / "quickstart", **env)
 
 
 def test_both_stages_are_composed_as_it_starts_them(tmp_path: Path) -> None:
-    status, starts = demo(tmp_path, fails="")
+    status, starts = distill_demo(tmp_path)
     assert status == 0, (tmp_path / "output").read_text()
-    trained = [start for start in starts if "kontext_train.train" in start]
-    configs = [compose_config(*start[start.index("kontext_train.train") + 1 :]) for start in trained]
+    trained = [options(start, "kontext_train.train") for start in starts if "kontext_train.train" in start]
+    configs = [compose_config(*given) for given in trained]
     by_run = {Path(config.run.dir).name: config for config in configs}
     assert by_run.keys() == {"teacher", "dev", "pro"}
     dev, pro = by_run["dev"], by_run["pro"]
@@ -66,8 +42,7 @@ def test_both_stages_are_composed_as_it_starts_them(tmp_path: Path) -> None:
 
 
 def test_a_failure_of_ladd_ends_what_runs_beside_it(tmp_path: Path) -> None:
-    status, starts = demo(tmp_path, fails="yes")
+    status, starts = distill_demo(tmp_path, HANGS="stage=guidance_distillation", FAILS="stage=ladd")
     assert status == 3
-    sleeper = int((tmp_path / "log.sleeper").read_text())
-    until(lambda: not command_line(sleeper), 10, "the other lane is left running")
+    assert_ended(tmp_path)
     assert not any("evaluate" in start for start in starts)
