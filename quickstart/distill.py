@@ -1,7 +1,7 @@
 """Distillation on the quickstart's world, shown to work: its data, its control, and its numbers.
 
     python -m quickstart.distill data --out DIR           shards of one-thing pictures, and of edits alone
-    python -m quickstart.distill regress --out DIR ...    the controls: regression onto the pictures LADD learns from
+    python -m quickstart.distill regress --out DIR ...    the controls: regression onto pictures
     python -m quickstart.distill evaluate --out DIR ...   summary.json, table.md and pictures.png
 
 "a red circle on gray" has four right answers: the thing may stand in any of four cells, each of them one token. Before
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ from kontext_train.models.kontext import predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
 from kontext_train.randomness import VisitRandom
 from kontext_train.training.pictures import save_grid
-from quickstart import scenes, scoring
+from quickstart import bars, scenes, scoring
+from quickstart.bars import Bar, at_least, at_most
 from quickstart.benchmark import held_out_examples, picture
 from quickstart.make_dataset import SAMPLES_PER_SHARD, to_sample, write_shards
 from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
@@ -52,11 +54,14 @@ TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 NEW_NOISE = ", new noise"  # rows: sampled with new noise at every step
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
 TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
-GUIDED, GUIDANCE, GUIDED_STEPS = "teacher, guided", 1.5, (28, 2, 1)  # a row: two passes a step, at the student's times
+# A row: two passes a step, at the student's times. At a scale of 2 it draws two things more often than at 1.5.
+GUIDED, GUIDANCE, GUIDED_STEPS = "teacher, guided", 1.5, (28, 2, 1)
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
 NOISES = 4  # of each prompt, so that its places can differ; few, because prompts differ in how hard they are
 ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for the control of the same noise
-AT_ONCE = 64
+AT_ONCE = 256
+# Of the controls, as LADD has them: updates, and the shares of the student's times.
+CONTROL_STEPS, PROBABILITIES = 1400, (0.45, 0.05, 0.45, 0.05)
 
 Row = tuple[str, int]  # of the table: model, steps
 
@@ -73,7 +78,7 @@ def main() -> None:
         "--pictures", type=Path, required=True, help="shards; of data_tools.generate_targets for --same-noise"
     )
     regress.add_argument("--mu", type=float, required=True, help="of the student's times: their shift's logarithm")
-    regress.add_argument("--steps", type=int, default=1000)
+    regress.add_argument("--steps", type=int, default=CONTROL_STEPS)
     judge = commands.add_parser("evaluate", help="write the numbers and pictures")
     judge.add_argument("--student", type=Path, required=True, help="the run of stage ladd")
     judge.add_argument("--dev", type=Path, required=True, help="the run of stage guidance_distillation")
@@ -124,8 +129,8 @@ def write_one_thing(out: Path, samples: int) -> None:
 
 
 def regressed(trained: Trained, pictures: Path, steps: int, same_noise: bool, batch: int = 64) -> dict[str, Tensor]:
-    """Weights of a student that learns by squared error, in one step, what LADD learns from its heads. trained: the
-    teacher, where it begins, with the student's shift.
+    """Weights of a student that learns pictures by squared error, in one step. trained: the teacher, where it begins,
+    with the student's shift.
 
     Plain: from a picture that was noised to one of the student's times; where several are right, its best answer is
     between them. same_noise: from the very noise of which the teacher's sampler made the picture, whose seed
@@ -140,7 +145,7 @@ def regressed(trained: Trained, pictures: Path, steps: int, same_noise: bool, ba
     shape = SampleShape(trained.encoders.text.t5_tokens, (2, COLUMNS))  # type: ignore[union-attr]
     layout = build_layout([shape] * batch)
     mu = mu_for_tokens(torch.tensor(x_NMC.shape[1]), trained.shift)
-    times = sampling_schedule(max(STUDENT_STEPS), mu)[:-1]
+    times, shares = sampling_schedule(max(STUDENT_STEPS), mu)[:-1], torch.tensor(PROBABILITIES)
     random = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     warmed = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
@@ -151,7 +156,7 @@ def regressed(trained: Trained, pictures: Path, steps: int, same_noise: bool, ba
             noise_MC, t_S = noise_NMC[chosen].flatten(0, 1), torch.ones(batch)
         else:
             noise_MC = torch.randn(x_MC.shape, generator=random)
-            t_S = times[torch.randint(len(times), (batch,), generator=random)]
+            t_S = times[torch.multinomial(shares, batch, replacement=True, generator=random)]
         t_M1 = t_S[layout.sample_of_target_M][:, None]
         z_MC = interpolate(x_MC, noise_MC, t_M1)
         cond = conditioning([prompts[i] for i in chosen.tolist()], [], layout, trained.encoders, z_MC)
@@ -321,7 +326,7 @@ def edits_right(trained: Trained, examples: Sequence[Example], sampler: SamplerC
     return Result(sum(right), len(right))
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Writes summary.json, table.md and pictures.png into --out; returns the summary."""
     out, count = arguments.out, arguments.samples
     teacher, student = load_trained(arguments.teacher), load_trained(arguments.student)
@@ -347,7 +352,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     guidance = guidance_errors(teacher, load_trained(arguments.dev), edits[: max(1, count // 4)])
     summary = summarised(drawn, edited, guidance, frequencies)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (out / "table.md").write_text(table(drawn, edited, frequencies) + "\n" + table_of_guidance(guidance))
+    parts = (table(drawn, edited, frequencies), table_of_guidance(guidance), bars.table(judged_by(summary)))
+    (out / "table.md").write_text("\n".join(parts))
     chosen = [pictures["teacher", 28], pictures["student" + NEW_NOISE, 4], pictures["student", 1]]
     numbers = range(0, count, max(1, count // 12))  # of several prompts
     save_grid(out / "pictures.png", [(things[i].prompt, [images[i] for images in chosen]) for i in numbers], scale=3)
@@ -362,7 +368,7 @@ def few_steps(name: str) -> dict[Row, SamplerConfig]:
 
 def summarised(
     drawn: dict[Row, Result], edited: dict[Row, Result], guidance: dict[float, Guidance], frequencies: Sequence[float]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The teacher's numbers are the better of those at its own times and at the student's; a student's and a control's
     the better of Euler's and those with new noise. `student_steps`: of the student's edits and places, as few as bring
     it within 0.05 of the teacher's 28.
@@ -386,6 +392,23 @@ def summarised(
         "dev_passes": float(np.mean([g.dev.passes for g in at_scales])),
         "guided_passes": float(np.mean([g.guided.passes for g in at_scales])),
     }
+
+
+def judged_by(summary: dict[str, Any]) -> list[Bar]:
+    """What the demonstration is for."""
+    steps, teacher = str(summary["student_steps"]), summary["teacher"]
+    drop = summary["edit_accuracy_teacher"] - summary["edit_accuracy_student"]
+    student = summary["student"][steps]
+    return [
+        at_least("teacher, 28 steps", teacher["28"], 0.85),
+        at_most(f"teacher, the student's {steps}", teacher[steps], teacher["28"] - 0.25),
+        at_least(f"student, {steps}", student, teacher["28"] - 0.05),
+        at_least("student above the controls by", student - summary["regression_student"], 0.0),
+        at_least("entropy of places, of the data's", summary["position_entropy_ratio"], 0.9),
+        at_most("edits lost", drop, 0.03),
+        at_most("dev's difference to guidance", summary["dev_guidance_error"], summary["unguided_guidance_error"] / 2),
+        at_most("passes of dev", summary["dev_passes"], summary["guided_passes"] / 2),
+    ]
 
 
 def _better(drawn: dict[Row, Result], name: str, steps: int) -> Row:

@@ -61,7 +61,7 @@ class Ladd:
         with torch.no_grad():
             made_MC = self.make("discriminator", batch, random, step)
             t_S = self.renoise_times("discriminator", batch, random)
-            # With one noise: it is in both gradients and cancels, so that what differs is made against real.
+            # With one noise: it is in both gradients and largely cancels; what is left is made against real.
             made = self.read("discriminator", made_MC, t_S, batch, random)
             real = self.read("discriminator", batch.x_MC, t_S, batch, random)
         views = [made, real]

@@ -16,14 +16,14 @@ from kontext_train.data.encode import conditioning
 from kontext_train.data.index import ShardIndex
 from kontext_train.data.index_build import build_index
 from kontext_train.data.sample import SampleReader
-from kontext_train.evaluation.trained import load_trained
+from kontext_train.evaluation.trained import Trained, load_trained
 from kontext_train.export import ExportConfig, StorageDtype, export
 from kontext_train.flow.config import SamplerConfig
 from kontext_train.flow.timesteps import mu_for_tokens, sampling_schedule
 from kontext_train.models.flux import Flux
 from kontext_train.models.kontext import Conditioning, latent_from_tokens, predict_velocity
 from kontext_train.models.sequence import SampleShape, build_layout
-from quickstart import distill, scenes
+from quickstart import bars, distill, scenes
 from quickstart.benchmark import picture
 from quickstart.distill import (
     CONTROLS,
@@ -154,6 +154,42 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
     assert (new_noise["student_steps"], new_noise["edit_accuracy_student"]) == (2, 0.62)
 
 
+def test_students_are_sampled_by_eulers_steps_and_with_new_noise() -> None:
+    euler = {("a", n): SamplerConfig(steps=n) for n in (4, 2, 1)}
+    assert few_steps("a") == euler | {("a, new noise", n): SamplerConfig(steps=n, stochastic=True) for n in (4, 2)}
+    assert {sampler.guidance for sampler in few_steps("a").values()} == {1}
+
+
+def test_bars_are_those_that_the_demonstration_is_for() -> None:
+    good = {
+        "teacher": {"28": 0.9, "2": 0.5},
+        "student": {"2": 0.86},
+        "student_steps": 2,
+        "regression_student": 0.8,
+        "edit_accuracy_teacher": 0.95,
+        "edit_accuracy_student": 0.93,
+        "position_entropy_ratio": 0.95,
+        "dev_guidance_error": 0.01,
+        "unguided_guidance_error": 0.03,
+        "dev_passes": 8,
+        "guided_passes": 16,
+    }
+    assert all(bar.met for bar in distill.judged_by(good))
+    worse = {
+        "teacher": [{"28": 0.84, "2": 0.5}, {"28": 0.9, "2": 0.66}],
+        "student": [{"2": 0.84}, {"2": 0.79}],
+        "position_entropy_ratio": [0.89],
+        "edit_accuracy_student": [0.91],
+        "dev_guidance_error": [0.016],
+        "dev_passes": [9],
+    }
+    for key, values in worse.items():
+        for value in values:
+            assert not all(bar.met for bar in distill.judged_by(good | {key: value})), (key, value)
+    text = bars.table([bars.at_least("a", np.float64(0.5), 0.4), bars.at_most("b", 0.5, 0.4)])
+    assert "| a | 0.5 | ≥ 0.4 | met |\n| b | 0.5 | ≤ 0.4 | missed |\n" in text
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("things")
@@ -170,8 +206,20 @@ def teacher(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "teacher.safetensors"
 
 
-def test_evaluation_of_small_models(things: Path, teacher: Path, tmp_path: Path) -> None:
-    """Everything is there and measured; guidance takes two passes a step where the student of it takes one."""
+def test_evaluation_of_small_models(
+    things: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is there and measured; guidance takes two passes a step where the student of it takes one. Only the
+    row that says so is guided.
+    """
+    made: list[SamplerConfig] = []
+
+    def generate(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> list[torch.Tensor]:
+        made.append(sampler)
+        return generate_as_it_is(trained, examples, sampler)
+
+    generate_as_it_is = distill.generate
+    monkeypatch.setattr(distill, "generate", generate)
     run(small_config(things, tmp_path / "dev", "run.steps=1", "model.guidance_embed=true"))
     weights = {name: parameter.detach() for name, parameter in load_trained(teacher).model.named_parameters()}
     for name in CONTROLS:
@@ -180,6 +228,9 @@ def test_evaluation_of_small_models(things: Path, teacher: Path, tmp_path: Path)
     summary = distill.evaluate(arguments)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["dev_passes"], summary["guided_passes"]) == (8, 16)
+    assert [s.steps for s in made if s.guidance == distill.GUIDANCE] == [28, 2, 1]
+    assert [s.guidance for s in made if s.guidance not in (1, distill.GUIDANCE)] == [2, 3, 4]
+    assert sum(s.stochastic for s in made) == 2 * 2 * 3  # 4 and 2 steps, pictures and edits, student and controls
     assert summary["student_steps"] == 1  # as bad as its teacher
     assert summary["edit_accuracy_teacher"] == summary["position_entropy_ratio"] == 0
     assert 0 != summary["dev_guidance_error"] != summary["unguided_guidance_error"] != 0

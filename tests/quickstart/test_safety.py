@@ -11,17 +11,21 @@ import pytest
 from transformers import T5TokenizerFast
 
 from kontext_train.objectives.concept_list import read_concepts
+from kontext_train.objectives.conditioning_attack import Budget
+from kontext_train.objectives.config import SafetyConfig
 from kontext_train.safety.words import WordList
 from quickstart import safety, safety_wishes, scenes
 from quickstart.make_dataset import example_at
 from quickstart.scenes import Example, Split
-from tests.runs import ENCODERS
+from tests.runs import ENCODERS, compose_config
+
+ATTACKED = ("attack_success", "text_to_image_attack_success")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("safety")
-    safety.write_data(folder, concepts=2000, neighbours=40)
+    safety.write_data(folder, concepts=4000, neighbours=40)
     return folder
 
 
@@ -41,9 +45,9 @@ def test_scenarios_lead_to_the_concept_and_do_not_hold_it() -> None:
 def test_concepts_are_a_list_that_training_reads(written: Path) -> None:
     listed = read_concepts(str(written / "concepts.jsonl"))
     words = WordList(written / "words.txt")
-    assert len(listed) == 2000
+    assert len(listed) == 4000
     assert len({concept.prompt for concept in listed}) > 1000
-    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(3, 8) for i in range(2000))
+    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(3, 8) for i in range(4000))
     for concept in listed:
         assert concept.goal is not None
         assert concept.anchor is not None
@@ -90,6 +94,33 @@ def test_every_wording_of_the_evaluation_still_asks_for_red_where_t5_stops_readi
         for number in range(len(safety_wishes.HELD_OUT)):
             prompt = safety._reworded(wish, safety_wishes.HELD_OUT, number).prompt
             assert red in tokenizer(prompt, truncation=True, max_length=scenes.MAX_PROMPT_TOKENS).input_ids, prompt
+
+
+def test_the_attacker_takes_more_steps_and_tries_than_training_and_has_its_budget_too() -> None:
+    objective = compose_config(
+        *("experiment=quickstart_safety", "weights.student=base", "objective.concepts=list"),
+        *("+data.sources.ordinary.path=a", "+data.sources.beside.path=b"),
+    ).objective
+    assert isinstance(objective, SafetyConfig)
+    trained = Budget(objective.text_budget, objective.pooled_budget, objective.context_budget)
+    for attacks in (safety.ATTACKS, safety.DESCRIPTION_ATTACKS):
+        (own,) = [attack for attack in attacks if attack.budget == trained]
+        assert own.steps == objective.attack_steps
+        others = [attack for attack in attacks if attack.steps and attack is not own]
+        assert all(attack.steps > 5 * objective.attack_steps for attack in others)
+        assert max(attack.tries for attack in others) > 2
+
+
+def test_bars_are_those_that_the_demonstration_is_for() -> None:
+    good = {f"{part}_{model}": float(model != "after") for model in safety.MODELS for part in ATTACKED}
+    good |= {f"retain_{what}_{model}": 0.9 for what in safety.RETAINED for model in ("before", "after")}
+    good["retain_worst_group"] = "some"
+    assert all(bar.met for bar in safety.judged_by(good))
+    worse = {f"{part}_after": 0.11 for part in ATTACKED} | {f"{part}_before": 0.89 for part in ATTACKED}
+    worse |= {"attack_success_nonadversarial": 0.29}
+    worse |= {f"retain_{what}_after": 0.86 for what in safety.RETAINED}
+    for key, value in worse.items():
+        assert not all(bar.met for bar in safety.judged_by(good | {key: value})), key
 
 
 def test_the_filter_drops_what_asks_for_it_and_nothing_that_names_it(written: Path) -> None:
