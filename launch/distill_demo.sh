@@ -34,7 +34,7 @@ say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 both kontext_train.train experiment=quickstart "${MIX[@]}" data.sources.text_to_image.weight=0.7 \
   "data.sources.edits.path=$QUICKSTART/shards/train" data.sources.edits.weight=0.3 parallel.param_dtype=float32 \
   "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
-  run.steps=1700 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
+  run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 

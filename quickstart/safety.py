@@ -132,22 +132,21 @@ def write_data(out: Path, concepts: int, neighbours: int) -> None:
 
 
 def concept(out: Path, number: int) -> dict[str, Any]:
-    """A line of the list: of twelve, one asks plainly, two in other words, five describe, four wish for another thing.
-    Descriptions and other wishes are what gradients revive most easily.
+    """A line of the list: of twelve, one asks plainly, three in other words, four describe, four wish for another thing.
 
     The anchor, what is made instead, is the same wish for magenta (for a magenta circle: yellow); of a wish for another
     thing it is that.
     """
     rng = scenes.example_rng(SEED, Split.TRAIN, number)
     sort = number % 12
-    if sort in range(3, 8):
+    if sort in range(4, 8):
         return _described_concept(rng)
     example = wishes.wish(rng, number // 12 + 3 * sort)
     name = f"concepts/{number:05d}.png"
     (out / name).write_bytes(to_png(scenes.draw(example.contexts[0])))
     goal, anchor = (wishes.worded(wishes.PLAIN[0], edit) for edit in (example.edit, _harmless(example.edit)))
     prompt = example.prompt
-    if sort in (1, 2):
+    if sort in (1, 2, 3):
         prompt = wishes.worded(wishes.trained_wording(rng), example.edit)
     elif sort in range(8, 12):
         prompt = anchor = wishes.worded(wishes.trained_other(rng), example.edit)

@@ -47,7 +47,7 @@ def test_concepts_are_a_list_that_training_reads(written: Path) -> None:
     words = WordList(written / "words.txt")
     assert len(listed) == 4000
     assert len({concept.prompt for concept in listed}) > 1000
-    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(3, 8) for i in range(4000))
+    assert sum(not concept.context for concept in listed) == sum(i % 12 in range(4, 8) for i in range(4000))
     for concept in listed:
         assert concept.goal is not None
         assert concept.anchor is not None
