@@ -198,8 +198,11 @@ def test_odd_prompts_are_kept(source: Path, teacher: Path, tmp_path: Path) -> No
     assert [(raw.prompt, raw.metadata["note"]) for raw in found] == [(prompt, prompt) for prompt in ODD_PROMPTS]
 
 
-def test_a_run_trains_on_them(targets: Path, tmp_path: Path) -> None:
-    run(small_config(targets, tmp_path, "run.steps=1", "data.tokens_per_pack=64"))
+@pytest.mark.parametrize("ladd", [False, True])
+def test_a_run_trains_on_them(targets: Path, teacher: Path, tmp_path: Path, ladd: bool) -> None:
+    stage = ("stage=ladd", f"weights.teacher={teacher}", "schedule.warmup_steps=0") if ladd else ()
+    late = ("discriminator_schedule.warmup_steps=0",) if ladd else ()
+    run(small_config(targets, tmp_path, "run.steps=1", "data.tokens_per_pack=64", *stage, *late))
 
 
 def test_a_bad_sample_is_left_out_by_name(
