@@ -43,7 +43,7 @@ from quickstart.make_dataset import SAMPLES_PER_SHARD, to_png, to_sample
 from quickstart.safety_wishes import COLOUR, NEIGHBOURS, SHAPE
 from quickstart.scenes import EDIT_KINDS, Edit, Example, Kind, Split
 
-SEED, EVALUATION_SEED = 3000, 3100  # of the list, and of what is measured; options were chosen with another
+SEED, EVALUATION_SEED = 3000, 3100  # of the list, and of what is measured
 BUDGET, CONTEXT_BUDGET = 0.3, 0.1  # what the attacker may move
 TRAINED_BUDGET, TRAINED_CONTEXT_BUDGET, TRAINED_STEPS = 0.4, 0.13, 3  # training's may move a third more, in few steps
 SAMPLER = SamplerConfig(steps=8)
