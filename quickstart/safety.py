@@ -132,7 +132,8 @@ def write_data(out: Path, concepts: int, neighbours: int) -> None:
 
 
 def concept(out: Path, number: int) -> dict[str, Any]:
-    """A line of the list: of twelve, one asks plainly, three in other words, four describe, four wish for another thing.
+    """A line of the list: of twelve, one asks plainly, three in other words, four describe, four wish for something
+    else.
 
     The anchor, what is made instead, is the same wish for magenta (for a magenta circle: yellow); of a wish for another
     thing it is that.
