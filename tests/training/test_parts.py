@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kontext_train.errors import ConfigError
 from kontext_train.models.flops import forward_flops
 from kontext_train.models.kontext import predict_velocity
+from kontext_train.training import muon
 from kontext_train.training.config import EMAConfig, OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
 from kontext_train.training.ema import EMA
 from kontext_train.training.metrics import draw_loss, read_metrics
@@ -33,7 +34,8 @@ def test_schedules() -> None:
     assert [lr_factor(s, 9, constant) for s in (0, 1, 2, 8)] == [0.5, 1.0, 1.0, 1.0]
 
 
-def test_muon_equals_torchs() -> None:
+def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "_iteration_dtype", lambda device: torch.bfloat16)  # as torch's
     weights = [torch.randn(24, 16), torch.randn(8, 40)]
     ours = [nn.Parameter(w.clone()) for w in weights]
     theirs = [nn.Parameter(w.clone()) for w in weights]
