@@ -78,7 +78,9 @@ def test_targets_are_the_teachers_and_all_else_is_kept(source: Path, teacher: Pa
         seed = new.metadata["generated"]["seed"]
         (made,) = trained.generate([Request(old.prompt, contexts, *old.target.shape[:2], seed=seed)], SAMPLER)
         difference = np.asarray(new.target).astype(int) - made.permute(1, 2, 0).numpy()
-        assert abs(difference).max() <= 1  # it was made in a pack, and now alone
+        # It was made in a pack, and now alone: bfloat16 kernels round by the batch, on CPUs without matrix units by more.
+        assert abs(difference).max() <= 2
+        assert abs(difference).mean() < 0.5
         assert not np.array_equal(new.target, old.target)
         assert {k: v for k, v in new.metadata.items() if k != "generated"} == old.metadata
     assert len({after.read(i).metadata["generated"]["seed"] for i in range(10)}) == 10
