@@ -54,7 +54,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    run(small_config(source, folder / "run", "run.steps=2", "optimizer.lr=1e-2", "data.tokens_per_pack=64"))
+    # float32: the rounding of bfloat16 kernels depends on what else is in the pack, by more or less with the CPU
+    options = ("run.steps=2", "optimizer.lr=1e-2", "data.tokens_per_pack=64", "encoders.dtype=float32")
+    run(small_config(source, folder / "run", *options))
     export(ExportConfig(str(folder / "run"), str(folder / "teacher.safetensors"), dtype=StorageDtype.float32))
     return folder / "teacher.safetensors"
 
@@ -78,9 +80,7 @@ def test_targets_are_the_teachers_and_all_else_is_kept(source: Path, teacher: Pa
         seed = new.metadata["generated"]["seed"]
         (made,) = trained.generate([Request(old.prompt, contexts, *old.target.shape[:2], seed=seed)], SAMPLER)
         difference = np.asarray(new.target).astype(int) - made.permute(1, 2, 0).numpy()
-        # It was made in a pack, and now alone: kernels for bfloat16 round by the batch, some CPUs' by more.
-        assert abs(difference).max() <= 2
-        assert abs(difference).mean() < 0.5
+        assert abs(difference).max() <= 1  # it was made in a pack, and now alone
         assert not np.array_equal(new.target, old.target)
         assert {k: v for k, v in new.metadata.items() if k != "generated"} == old.metadata
     assert len({after.read(i).metadata["generated"]["seed"] for i in range(10)}) == 10
