@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/distill}
 QUICKSTART=${QUICKSTART:-outputs/quickstart}
 PYTHON=${PYTHON:-.venv/bin/python}
-STUDENT_MU=1.1  # of the student's times: a second step from 0.75 still sees what the first one drew, and mends it
+STUDENT_MU=0.7  # of the student's times: a second step from 0.67 still sees what the first one drew, and mends it
 STARTED=$SECONDS
 LANE=           # the process group of what runs beside LADD; it ends with this script, however that ends
 trap '[ -z "$LANE" ] || { kill -- "-$LANE" && wait "$LANE"; } 2> /dev/null || true' EXIT
@@ -20,21 +20,26 @@ mkdir -p "$OUT"
 FLOW=(flow.base_mu=1.7 flow.max_mu=1.7)  # of the teacher: more weight where things are committed to than the quickstart
 QUIET=(logging.progress_bar=false logging.wandb=disabled)
 
-say "drawing pictures of one thing, and edits: $OUT/one_thing, $OUT/edits"
+say "drawing pictures of one thing, and edits, and encoding them once: $OUT/one_thing, $OUT/edits, $OUT/encoded"
 [ -e "$OUT/edits/index.arrow" ] || {
-  rm -rf "$OUT/one_thing" "$OUT/asked" "$OUT/edits"
+  rm -rf "$OUT/one_thing" "$OUT/asked" "$OUT/edits" "$OUT/encoded"
   "$PYTHON" -m quickstart.distill data --out "$OUT"
   "$PYTHON" -m data_tools.index_shards "$OUT/one_thing" "$OUT/asked" "$OUT/edits"
 }
-MIX=(data=mixture "data.sources.text_to_image.path=$OUT/one_thing" data.sources.text_to_image.prompt_dropout=null)
+for name in one_thing edits; do
+  [ -e "$OUT/encoded/$name/index.arrow" ] || both data_tools.encode_shards "$OUT/$name" --out "$OUT/encoded/$name" \
+    --encoders quickstart/encoders --t5 --t5-tokens 12 --samples-at-once 64
+done
+EDITS=$OUT/encoded/edits
+MIX=(data=mixture "data.sources.edits.path=$EDITS" "data.sources.text_to_image.path=$OUT/encoded/one_thing")
 
 say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 [ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
   "out=$OUT/quickstart.safetensors" dtype=float32
 both kontext_train.train experiment=quickstart "${MIX[@]}" data.sources.text_to_image.weight=0.7 \
-  "data.sources.edits.path=$QUICKSTART/shards/train" data.sources.edits.weight=0.3 parallel.param_dtype=float32 \
-  "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" \
-  run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
+  data.sources.edits.weight=0.3 data.sources.text_to_image.prompt_dropout=0.05 data.prompt_dropout=0.2 \
+  parallel.param_dtype=float32 "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" \
+  "${QUIET[@]}" run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
@@ -50,14 +55,14 @@ regress() { # name, shards, options
 }
 set -m   # a group of its own
 {
-  "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$OUT/edits" \
+  "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$EDITS" \
     "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" &&
     regress regression one_thing
 } &
 LANE=$!
 set +m
 "$PYTHON" -m kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "${TEACHER[@]}" \
-  data.sources.text_to_image.weight=0.6 "data.sources.edits.path=$OUT/edits" data.sources.edits.weight=0.4 \
+  data.sources.text_to_image.weight=0.6 data.sources.edits.weight=0.4 data.sources.text_to_image.prompt_dropout=null \
   "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
   "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
 regress regression_same_noise targets --same-noise

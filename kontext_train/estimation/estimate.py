@@ -325,8 +325,9 @@ def _work(setup: Setup, parts: Parts, memory: Memory) -> Work:
     # makes gradients of inputs and of weights. Both compute forward again where there is recomputation.
     forward = sum(n * c.forward_flops for c, n in costs)
     through = flops - forward
+    without, through_frozen = setup.stage.passes()
     without_beside, through_beside = setup.stage.passes_beside()
-    of_pack = setup.stage.passes_without_gradients * forward + setup.stage.passes_through * through
+    of_pack = without * forward + through_frozen * through
     of_beside = without_beside * forward + through_beside * through
     share = setup.share_beside
     grown = 1 + (of_pack + share * of_beside) / (1 + share) / flops  # flops are of the pack and of what is beside it

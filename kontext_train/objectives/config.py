@@ -19,14 +19,18 @@ class ObjectiveConfig:
     trained: ClassVar[tuple[str, ...]] = ("student",)
     edits_only: ClassVar[bool] = False
     needs_empty_prompt: ClassVar[bool] = False
-    # Cost of a step beside the student's forward and backward, in passes of networks of the student's shape.
-    passes_without_gradients: ClassVar[int] = 0
-    passes_through: ClassVar[int] = 0  # of a frozen role, forward and back to its inputs: twice the cost
+    frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
-    @classmethod
-    def extra_passes(cls) -> int:
-        """In forward passes."""
-        return cls.passes_without_gradients + 2 * cls.passes_through
+    def passes(self) -> tuple[int, int]:
+        """What a step runs beside the student's forward and backward, of networks of its shape: (without gradients,
+        through a frozen role, forward and back to its inputs).
+        """
+        return 0, 0
+
+    def extra_passes(self) -> int:
+        """The cost of those in forward passes."""
+        without, through = self.passes()
+        return without + 2 * through
 
     def samples_beside(self, samples: int) -> int:
         """Of the stage's own, on which the student trains beside a pack of so many."""
@@ -39,8 +43,6 @@ class ObjectiveConfig:
     def extra_passes_beside(self) -> int:
         without, through = self.passes_beside()
         return without + 2 * through
-
-    frozen: ClassVar[tuple[str, ...]] = ()  # roles that never train; weights.ROLE says where each comes from
 
 
 @dataclass(slots=True)
@@ -57,10 +59,12 @@ class GuidanceDistillationConfig(ObjectiveConfig):
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     edits_only: ClassVar[bool] = True
     needs_empty_prompt: ClassVar[bool] = True
-    passes_without_gradients: ClassVar[int] = 2  # the teacher's, with and without the prompt
 
     guidance: tuple[float, float] = (1.0, 6.0)  # scales are drawn from here, and the student is good for them
     interval: tuple[float, float] = (0.0, 1.0)  # times at which the teacher is guided; outside, its scale is 1
+
+    def passes(self) -> tuple[int, int]:
+        return 2, 0  # the teacher's, with and without the prompt
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance[0] < self.guidance[1] < math.inf:
@@ -77,8 +81,6 @@ class LaddConfig(ObjectiveConfig):
 
     trained: ClassVar[tuple[str, ...]] = ("discriminator", "student")
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
-    passes_without_gradients: ClassVar[int] = 3  # the student makes, the teacher reads made and real
-    passes_through: ClassVar[int] = 1  # the teacher reads what the student made, in the student's phase
 
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     # Times that the student starts from, before the resolution shift: those of a sampler of so many steps. Falling.
@@ -86,6 +88,9 @@ class LaddConfig(ObjectiveConfig):
     probabilities: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.1, 0.1])  # of each time
     warmup_probabilities: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.5, 0.5])  # easy ones first
     warmup_steps: int = 500  # with those
+    # After the warm-up, the share of samples for which the student starts from a picture of its own, noised, instead of
+    # a real one: what a second step meets when it samples. Any share costs two forward passes a step.
+    backward_simulation: float = 0.0
     renoise_mean: float = 1.0  # of the logit of the times at which the teacher reads
     renoise_std: float = 1.0
     gradient_penalty: float = 0.0  # weight of the heads' squared slope at real pictures; 0 costs nothing
@@ -93,6 +98,10 @@ class LaddConfig(ObjectiveConfig):
     # Told to a student, and to a teacher, that embed guidance.
     student_guidance: float = UNGUIDED
     teacher_guidance: float = UNGUIDED
+
+    def passes(self) -> tuple[int, int]:
+        """The student makes and the teacher reads made and real; in the student's phase it reads what is made then."""
+        return 3 + 2 * (self.backward_simulation > 0), 1
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < t <= 1 for t in self.times) or sorted(set(self.times))[::-1] != self.times:
@@ -103,6 +112,12 @@ class LaddConfig(ObjectiveConfig):
             if len(given) != len(self.times) or min(given) < 0 or not math.isclose(sum(given), 1, abs_tol=1e-6):
                 rule = f"must be a probability for each of objective.times={self.times}, 1 in all"
                 raise ConfigError(f"objective.{key}", given, rule, "For example [0.7, 0.1, 0.1, 0.1] of four")
+        if not 0 <= self.backward_simulation <= 1:
+            rule = "must be a share, from 0 to 1"
+            raise ConfigError("objective.backward_simulation", self.backward_simulation, rule, "0 is off, 1 is usual")
+        if self.backward_simulation and self.times[0] != 1:
+            rule = f"needs a student that starts from noise, and objective.times={self.times} do not begin with 1"
+            raise ConfigError("objective.backward_simulation", self.backward_simulation, rule, "Use 0, or times from 1")
         for key in ("warmup_steps", "gradient_penalty"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"objective.{key}", getattr(self, key), "must not be negative", "Use 0")
@@ -119,7 +134,6 @@ class SafetyConfig(ObjectiveConfig):
     """safety: concepts that must not be made are suppressed, against an attack on the conditioning (docs/safety.md)."""
 
     frozen: ClassVar[tuple[str, ...]] = ("reference",)
-    passes_without_gradients: ClassVar[int] = 1  # the reference's
 
     concepts: str | None = None  # JSON Lines of prompts, their anchors and context images
     concepts_per_pack: int = 8  # suppressed beside each pack of ordinary samples; at most as many as these
@@ -130,6 +144,9 @@ class SafetyConfig(ObjectiveConfig):
     pooled_budget: float = 0.3  # the same of CLIP's vector
     context_budget: float = 0.0  # and of each token of the context images
     guidance: float = 1.0  # given to models with a guidance embedding while they train
+
+    def passes(self) -> tuple[int, int]:
+        return 1, 0  # the reference's
 
     def samples_beside(self, samples: int) -> int:
         return min(self.concepts_per_pack, samples)

@@ -136,14 +136,28 @@ class Ladd:
     # -- pictures ------------------------------------------------------------------------------------------------
 
     def make(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor:
-        """[M, C] pictures that the student makes in one step of real ones noised to one of its times."""
+        """[M, C] pictures that the student makes in one step, at one of its times, of noised ones."""
         t_S = self.student_times(phase, batch, random, step)
-        t_M1 = t_S[batch.layout.sample_of_target_M][:, None]
+        x_MC, share = batch.x_MC, self.config.backward_simulation
+        if share and step >= self.config.warmup_steps:
+            own_S = torch.special.ndtr(random.normal_per_visit(f"{phase} own", batch.visits)) < share
+            own_M1 = own_S[batch.layout.sample_of_target_M][:, None]
+            x_MC = torch.where(own_M1, self.simulated(phase, batch, random), x_MC)
         noise_MC = self._noise(f"{phase} start", batch, random)
-        z_MC = interpolate(batch.x_MC, noise_MC, t_M1)
+        return self.one_step(interpolate(x_MC, noise_MC, t_S[batch.layout.sample_of_target_M][:, None]), t_S, batch)
+
+    @torch.no_grad()
+    def simulated(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Tensor:
+        """[M, C] of the student's own, from noise: what the second of its steps meets when it samples, where real
+        pictures would not show it the first one's mistakes (Yin et al. 2024, arXiv 2405.14867, section 4.4).
+        """
+        t_S = torch.ones(len(batch.visits), device=batch.x_MC.device)
+        return self.one_step(self._noise(f"{phase} first", batch, random), t_S, batch)
+
+    def one_step(self, z_MC: Tensor, t_S: Tensor, batch: PackedBatch) -> Tensor:
         told = None if self.student_guidance is None else torch.full_like(t_S, self.student_guidance)
         v_MC = predict_velocity(self.modules["student"], z_MC, t_S, replace(batch.cond, guidance_S=told))
-        return z_MC - t_M1 * v_MC.float()
+        return z_MC - t_S[batch.layout.sample_of_target_M][:, None] * v_MC.float()
 
     def student_times(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor:
         """[S], drawn from the few that a sampler of so many steps meets: shifted as its schedule is."""

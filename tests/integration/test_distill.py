@@ -28,6 +28,7 @@ LADD = (
     "objective.discriminator.channels=8",
     "objective.gradient_penalty=0.1",
     "objective.warmup_steps=2",
+    "objective.backward_simulation=0.7",
     "discriminator_schedule.warmup_steps=0",
 )
 GUIDANCE = ("stage=guidance_distillation",)

@@ -168,6 +168,64 @@ def test_times_are_those_that_a_sampler_meets_with_their_probabilities() -> None
     assert not torch.equal(t_S, ladd.student_times("discriminator", batch, VisitRandom(0), 10))
 
 
+def own_starts(config: LaddConfig, step: int, count: int = 400) -> tuple[Tensor, Tensor]:
+    """Whether the student of [S] samples of one token began from its own picture, and from a real one. It halves z."""
+    batch, random, seen = packed(count, sizes=((1, 1),)), VisitRandom(0), list[Tensor]()
+
+    def halved(z_MC: Tensor, t_M1: Tensor, vec_MP: Tensor) -> Tensor:
+        seen.append(z_MC)
+        return z_MC / 2
+
+    ladd = stage(config, Verdict(torch.zeros(16)), Formula(halved))
+    ladd.make("student", batch, random, step)
+    t_M1 = ladd.student_times("student", batch, random, step)[:, None]
+
+    def began_from(x_MC: Tensor) -> Tensor:
+        noise_MC = random.normal("student start", batch.visits, batch.layout.target_lengths, 8)
+        return (seen[-1] - (1 - t_M1) * x_MC - t_M1 * noise_MC).abs().amax(1) < 1e-5
+
+    first_MC = random.normal("student first", batch.visits, batch.layout.target_lengths, 8)
+    return began_from(first_MC / 2), began_from(batch.x_MC)  # a step of length 1 from the first noise
+
+
+def test_a_second_step_learns_from_what_a_first_one_made() -> None:
+    """After the warm-up, and for the share of samples that is asked for; other samples start from real pictures."""
+    half = LaddConfig(warmup_steps=5, backward_simulation=0.5, probabilities=[0, 0.5, 0.3, 0.2])
+    own_S, real_S = own_starts(half, step=5)
+    assert torch.equal(own_S, ~real_S)
+    assert own_S.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    for config, step, expected in ((half, 4, False), (replace(half, backward_simulation=1.0), 5, True)):
+        own_S, real_S = own_starts(config, step)
+        assert own_S.tolist() == [expected] * 400
+        assert real_S.tolist() == [not expected] * 400
+
+
+def test_no_gradient_goes_through_the_first_step() -> None:
+    """d/d scale of mean z - t scale z, where z is made of the first picture as it stands."""
+    batch, random, student = packed(6), VisitRandom(0), Formula(lambda z, t, vec: z / 2)
+    config = LaddConfig(warmup_steps=0, backward_simulation=1.0, probabilities=[0, 0.5, 0.5, 0])
+    ladd = stage(config, Verdict(torch.zeros(16)), student)
+    ladd.make("student", batch, random, 0).mean().backward()
+    own, shape = batch.layout.sample_of_target_M, (batch.visits, batch.layout.target_lengths, 8)
+    t_M1 = ladd.student_times("student", batch, random, 0)[own][:, None]
+    z_MC = (1 - t_M1) * random.normal("student first", *shape) / 2 + t_M1 * random.normal("student start", *shape)
+    assert student.scale.grad is not None
+    torch.testing.assert_close(student.scale.grad, -(t_M1 * z_MC / 2).mean())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_step_runs_the_passes_that_are_said_to_be_its_cost(share: float) -> None:
+    config, batch, calls = LaddConfig(warmup_steps=0, backward_simulation=share), packed(4), list[bool]()
+    ladd = stage(config, Verdict(torch.zeros(16)))
+    for network in (ladd.modules["student"], ladd.teacher.double_blocks[0]):
+        network.register_forward_hook(lambda module, given, made: calls.append(torch.is_grad_enabled()))
+    for phase in ladd.phases:
+        ladd.loss(phase, batch, VisitRandom(0), 0)
+    without, through = config.passes()
+    assert calls.count(False) == without
+    assert calls.count(True) == 1 + through  # the student's own
+
+
 def test_renoise_times_are_logit_normal() -> None:
     ladd = stage(LaddConfig(renoise_mean=-0.5, renoise_std=0.7), Verdict(torch.zeros(16)))
     logit_S = torch.logit(ladd.renoise_times("student", packed(4000, sizes=((1, 1),)), VisitRandom(0)))
