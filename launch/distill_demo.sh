@@ -31,15 +31,15 @@ for name in one_thing edits; do
     --encoders quickstart/encoders --t5 --t5-tokens 12 --samples-at-once 64
 done
 EDITS=$OUT/encoded/edits
-MIX=(data=mixture "data.sources.edits.path=$EDITS" "data.sources.text_to_image.path=$OUT/encoded/one_thing")
+MIX=(data=mixture "data.sources.edits.path=$EDITS" "data.sources.text_to_image.path=$OUT/encoded/one_thing"
+  data.sources.text_to_image.prompt_dropout=null)
 
 say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
 [ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
   "out=$OUT/quickstart.safetensors" dtype=float32
 both kontext_train.train experiment=quickstart "${MIX[@]}" data.sources.text_to_image.weight=0.7 \
-  data.sources.edits.weight=0.3 data.sources.text_to_image.prompt_dropout=0.05 data.prompt_dropout=0.2 \
-  parallel.param_dtype=float32 "weights.student=$OUT/quickstart.safetensors" "run.dir=$OUT/teacher" "${FLOW[@]}" \
-  "${QUIET[@]}" run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
+  data.sources.edits.weight=0.3 parallel.param_dtype=float32 "weights.student=$OUT/quickstart.safetensors" \
+  "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
 [ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
   "out=$OUT/teacher.safetensors" dtype=float32
 
@@ -62,7 +62,7 @@ set -m   # a group of its own
 LANE=$!
 set +m
 "$PYTHON" -m kontext_train.train stage=ladd experiment=distill_pro "${MIX[@]}" "${TEACHER[@]}" \
-  data.sources.text_to_image.weight=0.6 data.sources.edits.weight=0.4 data.sources.text_to_image.prompt_dropout=null \
+  data.sources.text_to_image.weight=0.6 data.sources.edits.weight=0.4 \
   "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
   "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
 regress regression_same_noise targets --same-noise

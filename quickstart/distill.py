@@ -61,7 +61,7 @@ NOISES = 4  # of each prompt, so that its places can differ; few, because prompt
 ASKED = 4096  # of the pictures of one thing: what the teacher is asked to draw, for the control of the same noise
 AT_ONCE = 256
 # Of the controls, as LADD has them: updates, and the shares of the student's times.
-CONTROL_STEPS, PROBABILITIES = 1500, (0.45, 0.05, 0.45, 0.05)
+CONTROL_STEPS, PROBABILITIES = 1100, (0.45, 0.05, 0.45, 0.05)
 
 Row = tuple[str, int]  # of the table: model, steps
 

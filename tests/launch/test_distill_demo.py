@@ -29,13 +29,19 @@ def test_both_stages_are_composed_as_it_starts_them(tmp_path: Path) -> None:
     for config in (dev, pro):
         assert config.weights.teacher == config.weights.student == str(tmp_path / "out" / "teacher.safetensors")
         assert config.data.prompt_dropout == 0
-    assert pro.data.sources["text_to_image"].path == str(tmp_path / "out" / "one_thing")
+    pictures, encoded = tmp_path / "out" / "one_thing", tmp_path / "out" / "encoded"
+    assert pro.data.sources["text_to_image"].path == str(encoded / "one_thing")
+    assert pro.data.sources["edits"].path == dev.data.train == str(encoded / "edits")
+    encoding = [
+        options(start, "data_tools.encode_shards")[:3] for start in starts if "data_tools.encode_shards" in start
+    ]
+    assert [str(pictures), "--out", str(encoded / "one_thing")] in encoding
     (regression,) = [start for start in starts if "regress" in start and "--same-noise" not in start]
     assert float(regression[regression.index("--mu") + 1]) == pro.flow.base_mu == pro.flow.max_mu
     assert (tuple(pro.objective.probabilities), pro.run.steps) == (distill.PROBABILITIES, distill.CONTROL_STEPS)
     learned = [start[start.index("--pictures") + 1 :] for start in starts if "regress" in start]
     assert sorted(learned, key=len) == [
-        [pro.data.sources["text_to_image"].path],
+        [str(pictures)],
         [str(tmp_path / "out" / "targets"), "--same-noise"],
     ]
     assert starts[-1][:3] == ["-m", "quickstart.distill", "evaluate"]

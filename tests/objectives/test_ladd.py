@@ -117,6 +117,19 @@ def test_heads_learn_by_the_hinge_of_real_above_made() -> None:
     assert abs(hinge - ((1 + made).clamp(min=0) + (1 - real).clamp(min=0)).mean().item()) > 0.01
 
 
+def test_made_and_real_pictures_that_are_equal_teach_the_heads_nothing() -> None:
+    """For they are read with one noise. With another for each, the noise itself would be a gradient."""
+    batch, random = packed(6), VisitRandom(0)
+    heads = Verdict(torch.zeros(16))
+    ladd = stage(LaddConfig(warmup_steps=0), heads, Formula(lambda z, t, vec: (z - batch.x_MC) / t))
+    ladd.loss("discriminator", batch, random, 0).value.backward()
+    assert heads.slope_D.grad is not None
+    assert heads.slope_D.grad.abs().max() < 1e-5
+    t_S = ladd.renoise_times("discriminator", batch, random)
+    one, other = (ladd.read(what, batch.x_MC, t_S, batch, random)[0].mean(0) for what in ("discriminator", "student"))
+    assert (one - other).abs().max() > 1e-2
+
+
 def test_a_step_of_the_student_raises_the_logit_of_what_it_makes() -> None:
     """And the heads are asked about that alone, made of other noise and times than in their own turn."""
     torch.manual_seed(0)
