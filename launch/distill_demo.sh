@@ -70,7 +70,7 @@ wait "$LANE"
 LANE=
 
 say "sampling all of them"
-"$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" --student "$OUT/pro" \
+OMP_NUM_THREADS=2 "$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" --student "$OUT/pro" \
   --dev "$OUT/dev"
 cat "$OUT/table.md"
 
