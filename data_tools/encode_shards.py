@@ -83,7 +83,8 @@ def encode_shards(
             with replacing(out / ENCODING_NAME) as file:  # several processes may at once: they write the same
                 file.write(encoding_bytes(encoding, _encode_prompts([""], models, t5)[0]))
         samples = _read(SampleReader(index, transform), [row for _, rows in todo for row in rows], processes)
-        with tqdm(total=sum(len(rows) for _, rows in todo), unit="sample", desc=f"process {number}", disable=None) as bar:
+        total = sum(len(rows) for _, rows in todo)
+        with tqdm(total=total, unit="sample", desc=f"process {number}", disable=None) as bar:
             for name, rows in todo:
                 read = _without_bad(islice(samples, len(rows)), report.bad, bar)
                 encoded = _encode(read, models, t5, samples_at_once)

@@ -194,8 +194,9 @@ def noise_of(trained: Trained, samples: Sequence[RawSample], x_NMC: Tensor) -> T
 
 @dataclass(slots=True)
 class Result:
-    """Pictures of one sampler: how many of `count` were right, in which cells the things of those stand, and how far all
-    backgrounds are from the middle of what their name allows (mean absolute difference in [0, 1]).
+    """Pictures of one sampler: how many of `count` were right, and in which cells the things of those stand.
+
+    background: how far all of them have it from the middle of its name's colours, a mean absolute difference in [0, 1].
     """
 
     right: int
@@ -353,10 +354,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             pictures[row] = generate(few, things, sampler)
             edited[row] = edits_right(few, edits, sampler)
     drawn = {row: judged(images, things) for row, images in pictures.items()}
-    drawn["data", 0] = judged([picture(example.target) for example in things], things)
     frequencies = frequencies_of_data()
     guidance = guidance_errors(teacher, load_trained(arguments.dev), edits[: max(1, count // 4)])
-    summary = summarised(drawn, edited, guidance, frequencies)
+    data = judged([picture(example.target) for example in things], things)
+    summary = summarised(drawn, edited, guidance, frequencies) | {"background_data": data.background}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     parts = (table(drawn, edited, frequencies), table_of_guidance(guidance), bars.table(judged_by(summary)))
     (out / "table.md").write_text("\n".join(parts))
@@ -393,9 +394,8 @@ def summarised(
         "edit_accuracy_teacher": max(edited[name, 28].accuracy for name in TEACHERS),
         "edit_accuracy_student": edited[better[steps]].accuracy,
         "position_entropy_ratio": drawn[better[steps]].entropy_ratio(frequencies)[0],
-        "background_error_data": drawn["data", 0].background,
-        "background_error_teacher": max(drawn[name, 28].background for name in TEACHERS),
-        "background_error_student": drawn[better[steps]].background,
+        "background_teacher": max(drawn[name, 28].background for name in TEACHERS),
+        "background_student": drawn[better[steps]].background,
         "dev_guidance_error": float(np.mean([g.dev_N for g in at_scales])),
         "unguided_guidance_error": float(np.mean([g.unguided_N for g in at_scales])),
         "dev_passes": float(np.mean([g.dev.passes for g in at_scales])),
@@ -460,7 +460,7 @@ def table(drawn: dict[Row, Result], edited: dict[Row, Result], frequencies: Sequ
             f"{result.background:.3f}",
             number(edits.accuracy, *edits.interval()) if edits else "",
         ]
-        lines.append(f"| {name} | {steps or ''} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
