@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kontext_train.config import TrainConfig, as_yaml, check_weights, plain
+from kontext_train.config import TrainConfig, as_yaml, check_weights, defaults_of, plain
 from kontext_train.data.config import Crop
 from kontext_train.data.encode import Encoders, encode_empty_prompt, load_encoders
 from kontext_train.data.encoded import check_encoding
@@ -109,7 +109,7 @@ def check_beginning(config: TrainConfig, checkpoints: Path, record: dict[str, An
     """ConfigError if the run cannot go on from its newest checkpoint, or has nothing to begin with."""
     newest = checkpoint.newest_readable(checkpoint.find_resume(config.run.resume, checkpoints))
     if newest is not None:
-        check_resumable(newest, checkpoint.read_record(newest), record)
+        check_resumable(newest, checkpoint.read_record(newest), record, defaults_of(config))
     else:
         check_weights(config)
     if config.health.memory_history and not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def checkpoint_to_go_on_from(config: TrainConfig, checkpoints: Path, record: dic
     # Found again: the process that ran here before may have finished its last save meanwhile.
     resume = checkpoint.newest_whole(config.run.resume, checkpoint.find_resume(config.run.resume, checkpoints))
     if resume is not None:
-        check_resumable(resume, checkpoint.read_record(resume), record)
+        check_resumable(resume, checkpoint.read_record(resume), record, defaults_of(config))
     return resume
 
 

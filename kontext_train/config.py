@@ -156,6 +156,11 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
+def defaults_of(config: TrainConfig) -> dict[str, Any]:
+    """What `plain` gives where no option is set, for the same stage."""
+    return plain(TrainConfig(objective=type(config.objective)()))
+
+
 def as_yaml(config: TrainConfig) -> str:
     """The config as a file that Hydra composes to the same again."""
     (objective,) = (name for name, kind in OBJECTIVES.items() if kind is type(config.objective))

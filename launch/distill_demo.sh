@@ -35,29 +35,30 @@ MIX=(data=mixture "data.sources.edits.path=$EDITS" "data.sources.text_to_image.p
   data.sources.text_to_image.prompt_dropout=null)
 
 say "teaching the quickstart's model pictures of one thing: $OUT/teacher"
-[ -e "$OUT/quickstart.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" \
-  "out=$OUT/quickstart.safetensors" dtype=float32
+[ "$OUT/quickstart.safetensors" -nt "$QUICKSTART/run/checkpoints" ] ||
+  "$PYTHON" -m kontext_train.export "checkpoint=$QUICKSTART/run" "out=$OUT/quickstart.safetensors" dtype=float32
 both kontext_train.train experiment=quickstart "${MIX[@]}" data.sources.text_to_image.weight=0.7 \
   data.sources.edits.weight=0.3 parallel.param_dtype=float32 "weights.student=$OUT/quickstart.safetensors" \
   "run.dir=$OUT/teacher" "${FLOW[@]}" "${QUIET[@]}" run.steps=2000 optimizer.muon_lr=1.5e-2 ema.half_life_images=8000
-[ -e "$OUT/teacher.safetensors" ] || "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" \
-  "out=$OUT/teacher.safetensors" dtype=float32
+[ "$OUT/teacher.safetensors" -nt "$OUT/teacher/checkpoints" ] ||
+  "$PYTHON" -m kontext_train.export "checkpoint=$OUT/teacher" "out=$OUT/teacher.safetensors" dtype=float32
 
 say "the teacher's own pictures, by 28 steps: $OUT/targets"
-[ -e "$OUT/targets/index.arrow" ] || both data_tools.generate_targets "$OUT/asked" --out "$OUT/targets" \
-  --teacher "$OUT/teacher.safetensors" --guidance 1 --steps 28 --samples-at-once 256
+[ "$OUT/targets/index.arrow" -nt "$OUT/teacher.safetensors" ] ||
+  both data_tools.generate_targets "$OUT/asked" --out "$OUT/targets" --teacher "$OUT/teacher.safetensors" \
+    --guidance 1 --steps 28 --samples-at-once 256
 TEACHER=("weights.teacher=$OUT/teacher.safetensors" "${QUIET[@]}")
 
 say "on one core pro by LADD and a control by regression, on the other dev by guidance distillation and a control"
-regress() { # name, shards, options
-  [ -e "$OUT/$1.safetensors" ] || "$PYTHON" -m quickstart.distill regress --out "$OUT" --mu "$STUDENT_MU" \
-    --teacher "$OUT/teacher.safetensors" --pictures "$OUT/$2" "${@:3}"
+regress() { # shards, options
+  "$PYTHON" -m quickstart.distill regress --out "$OUT" --mu "$STUDENT_MU" --teacher "$OUT/teacher.safetensors" \
+    --pictures "$OUT/$1" "${@:2}"
 }
 set -m   # a group of its own
 {
   "$PYTHON" -m kontext_train.train stage=guidance_distillation experiment=distill_dev "data.train=$EDITS" \
     "${TEACHER[@]}" "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/dev" &&
-    regress regression one_thing
+    regress one_thing
 } &
 LANE=$!
 set +m
@@ -65,13 +66,13 @@ set +m
   data.sources.text_to_image.weight=0.6 data.sources.edits.weight=0.4 \
   "weights.student=$OUT/teacher.safetensors" "run.dir=$OUT/pro" \
   "flow.base_mu=$STUDENT_MU" "flow.max_mu=$STUDENT_MU"
-regress regression_same_noise targets --same-noise
+regress targets --same-noise
 wait "$LANE"
 LANE=
 
 say "sampling all of them"
-OMP_NUM_THREADS=2 "$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" --student "$OUT/pro" \
-  --dev "$OUT/dev"
+OMP_NUM_THREADS=2 "$PYTHON" -m quickstart.distill evaluate --out "$OUT" --teacher "$OUT/teacher.safetensors" \
+  --student "$OUT/pro" --dev "$OUT/dev"
 cat "$OUT/table.md"
 
 cat <<EOF

@@ -15,6 +15,7 @@ Legend: B samples, M target tokens of a sample, C channels.
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import time
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +55,8 @@ COLUMNS = 2  # so that a thing has four places
 TEACHER_STEPS, STUDENT_STEPS = (28, 8, 4, 2, 1), (4, 2, 1)
 NEW_NOISE = ", new noise"  # rows: sampled with new noise at every step
 SCALES = (2.0, 3.0, 4.0)  # at which the guidance-distilled student is compared with guidance
-TEACHERS = ("teacher, own times", "teacher")  # rows: at the times of its own schedule, and at the student's
+# Rows: at the times of its own schedule, and at the student's; there with new noise too.
+TEACHERS, TEACHER_NEW = ("teacher, own times", "teacher"), "teacher" + NEW_NOISE
 # A row: two passes a step, at the student's times. At a scale of 2 it draws two things more often than at 1.5.
 GUIDED, GUIDANCE, GUIDED_STEPS = "teacher, guided", 1.5, (28, 2, 1)
 CONTROLS = ("regression", "regression_same_noise")  # files, and rows of the table
@@ -95,10 +98,14 @@ def main() -> None:
             write_one_thing(arguments.out / "asked", ASKED)  # the first of them
             write_shards(arguments.out / "edits", 24_576, seed=2, describe_fraction=0.0)
         case "regress":
-            trained = load_trained(arguments.teacher)
-            trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
-            control = regressed(trained, arguments.pictures, arguments.steps, arguments.same_noise)
-            write_whole(control, arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors")
+            path = arguments.out / f"{CONTROLS[arguments.same_noise]}.safetensors"
+            digest = hashlib.sha256(arguments.teacher.read_bytes()).hexdigest()
+            made_of = {"mu": str(arguments.mu), "steps": str(arguments.steps), "teacher": digest}
+            if not is_made_of(path, made_of):
+                trained = load_trained(arguments.teacher)
+                trained.shift = ShiftConfig(base_mu=arguments.mu, max_mu=arguments.mu)
+                control = regressed(trained, arguments.pictures, arguments.steps, arguments.same_noise)
+                write_whole(control, path, made_of)
         case "evaluate":
             summary = evaluate(arguments)
             print(json.dumps(summary, indent=2))
@@ -169,10 +176,17 @@ def regressed(trained: Trained, pictures: Path, steps: int, same_noise: bool, ba
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def write_whole(weights: dict[str, Tensor], path: Path) -> None:
-    """A file that is there is finished: the demo does not train it again."""
+def is_made_of(path: Path, made_of: dict[str, str]) -> bool:
+    """Whether there is a finished control of the same teacher and settings, which need not be trained again."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(file.metadata() == made_of)
+
+
+def write_whole(weights: dict[str, Tensor], path: Path, made_of: dict[str, str]) -> None:
     part = path.with_suffix(".part")
-    save_file(weights, part)
+    save_file(weights, part, made_of)
     part.replace(path)
 
 
@@ -196,13 +210,14 @@ def noise_of(trained: Trained, samples: Sequence[RawSample], x_NMC: Tensor) -> T
 class Result:
     """Pictures of one sampler: how many of `count` were right, and in which cells the things of those stand.
 
-    background: how far all of them have it from the middle of its name's colours, a mean absolute difference in [0, 1].
+    off: the share of all of them whose background is no colour that its name has in the data, though nearest to it.
     """
 
     right: int
     count: int
     places: dict[str, Counter[int]] = field(default_factory=dict)  # by prompt
-    background: float = math.nan
+    off: float = math.nan
+    right_N: list[bool] = field(default_factory=list)  # in the order of the questions
 
     @property
     def accuracy(self) -> float:
@@ -265,12 +280,17 @@ class Cost:
 
 @dataclass(slots=True)
 class Guidance:
-    """At one scale: differences to the guided teacher's pictures of N edits, and what either sampler takes."""
+    """At one scale: differences to the guided teacher's pictures of N edits, what either sampler takes, and how
+    many edits are right, as a share that is right.
+    """
 
     dev_N: np.ndarray
     unguided_N: np.ndarray
     dev: Cost
     guided: Cost
+    dev_right: float
+    guided_right: float
+    unguided_right: float
 
 
 def questions(count: int) -> list[Example]:
@@ -315,21 +335,36 @@ def with_cost(trained: Trained, examples: Sequence[Example], sampler: SamplerCon
 
 
 def judged(images: Sequence[Tensor], examples: Sequence[Example]) -> Result:
-    result = Result(0, len(examples), background=0.0)
+    result = Result(0, len(examples), off=0.0)
     for image, example in zip(map(image_HWC, images), examples, strict=True):
-        meant = np.array(scenes.BACKGROUNDS[example.target.background]) / 255
-        result.background += abs(scoring.estimate_background(image) - meant).mean() / len(examples)
-        if scoring.text_to_image_right(image, example.target):
+        result.off += background_off(image, example.target.background) / len(examples)
+        result.right_N.append(scoring.text_to_image_right(image, example.target))
+        if result.right_N[-1]:
             result.right += 1
             place = next(i for i, cell in enumerate(scoring.read_cells(image)) if cell.shape is not None)
             result.places.setdefault(example.prompt, Counter())[place] += 1
     return result
 
 
+def background_off(image: np.ndarray, name: str) -> bool:
+    """Whether a channel is farther from the middle of the name's colours than any in the data, and 3 of 255."""
+    apart = abs(scoring.estimate_background(image) * 255 - np.array(scenes.BACKGROUNDS[name]))
+    return bool(apart.max() > scenes.BACKGROUND_JITTER + 3)
+
+
+def difference(better: Result, worse: Result) -> list[float]:
+    """Of accuracies over the same questions, and its 95 % interval."""
+    change_N = np.array(better.right_N, float) - np.array(worse.right_N, float)
+    return [float(change_N.mean()), *mean_interval(change_N)]
+
+
 def edits_right(trained: Trained, examples: Sequence[Example], sampler: SamplerConfig) -> Result:
-    images = generate(trained, examples, sampler)
-    right = [scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)]
+    right = edits_judged(generate(trained, examples, sampler), examples)
     return Result(sum(right), len(right))
+
+
+def edits_judged(images: Sequence[Tensor], examples: Sequence[Example]) -> list[bool]:
+    return [scoring.score_example(image_HWC(i), e).right for i, e in zip(images, examples, strict=True)]
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -343,6 +378,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         teacher.shift = shift
         pictures |= {(name, n): generate(teacher, things, SamplerConfig(steps=n)) for n in TEACHER_STEPS}
         edited[name, 28] = edits_right(teacher, edits, SamplerConfig(steps=28))
+    for n in STUDENT_STEPS[:-1]:
+        pictures[TEACHER_NEW, n] = generate(teacher, things, SamplerConfig(steps=n, stochastic=True))
     for n in GUIDED_STEPS:
         pictures[GUIDED, n] = generate(teacher, things, SamplerConfig(steps=n, guidance=GUIDANCE))
     control = replace(student, model=copy.deepcopy(teacher.model))
@@ -356,8 +393,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     drawn = {row: judged(images, things) for row, images in pictures.items()}
     frequencies = frequencies_of_data()
     guidance = guidance_errors(teacher, load_trained(arguments.dev), edits[: max(1, count // 4)])
-    data = judged([picture(example.target) for example in things], things)
-    summary = summarised(drawn, edited, guidance, frequencies) | {"background_data": data.background}
+    summary = summarised(drawn, edited, guidance, frequencies)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     parts = (table(drawn, edited, frequencies), table_of_guidance(guidance), bars.table(judged_by(summary)))
     (out / "table.md").write_text("\n".join(parts))
@@ -376,31 +412,39 @@ def few_steps(name: str) -> dict[Row, SamplerConfig]:
 def summarised(
     drawn: dict[Row, Result], edited: dict[Row, Result], guidance: dict[float, Guidance], frequencies: Sequence[float]
 ) -> dict[str, Any]:
-    """The teacher's numbers are the better of those at its own times and at the student's; a student's and a control's
-    the better of Euler's and those with new noise. `student_steps`: of the student's edits and places, as few as bring
-    it within 0.05 of the teacher's 28.
+    """The teacher's numbers are the best of those at its own times, at the student's and with new noise; a student's or
+    control's are the better of Euler's and those with new noise. `student_steps`: of the student's edits and places, as
+    few as bring it within 0.05 of the teacher's 28. Differences have their intervals.
     """
-    teacher = {n: max(drawn[name, n].accuracy for name in TEACHERS) for n in TEACHER_STEPS}
-    better = {n: _better(drawn, "student", n) for n in STUDENT_STEPS}
-    student = {n: drawn[row].accuracy for n, row in better.items()}
-    steps = min((n for n in STUDENT_STEPS if student[n] >= teacher[28] - 0.05), default=4)
-    at_scales = list(guidance.values())
+    teachers = {n: best(drawn, (*TEACHERS, TEACHER_NEW), n) for n in TEACHER_STEPS}
+    students = {n: best(drawn, ("student", "student" + NEW_NOISE), n) for n in STUDENT_STEPS}
+    of_teacher, of_student = ({n: drawn[r].accuracy for n, r in rows.items()} for rows in (teachers, students))
+    control = max((row for name in CONTROLS for row in few_steps(name)), key=lambda row: drawn[row].accuracy)
+    steps = min((n for n in STUDENT_STEPS if of_student[n] >= of_teacher[28] - 0.05), default=4)
+    judged_student, at_scales = drawn[students[steps]], list(guidance.values())
     return {
-        "teacher": {str(n): accuracy for n, accuracy in teacher.items()},
+        "teacher": {str(n): accuracy for n, accuracy in of_teacher.items()},
         "teacher_guided": {str(n): drawn[GUIDED, n].accuracy for n in GUIDED_STEPS},
-        "student": {str(n): accuracy for n, accuracy in student.items()},
+        "student": {str(n): accuracy for n, accuracy in of_student.items()},
         "student_steps": steps,
-        "regression_student": max(drawn[_better(drawn, c, n)].accuracy for c in CONTROLS for n in STUDENT_STEPS),
+        "regression_student": drawn[control].accuracy,
+        "gap": difference(drawn[teachers[28]], drawn[teachers[steps]]),
+        "student_below_teacher": difference(drawn[teachers[28]], judged_student),
+        "student_above_control": difference(judged_student, drawn[control]),
         "edit_accuracy_teacher": max(edited[name, 28].accuracy for name in TEACHERS),
-        "edit_accuracy_student": edited[better[steps]].accuracy,
-        "position_entropy_ratio": drawn[better[steps]].entropy_ratio(frequencies)[0],
-        "background_teacher": max(drawn[name, 28].background for name in TEACHERS),
-        "background_student": drawn[better[steps]].background,
+        "edit_accuracy_student": edited[students[steps]].accuracy,
+        "position_entropy_ratio": judged_student.entropy_ratio(frequencies)[0],
+        "background_off_teacher": drawn[teachers[28]].off,
+        "background_off_student": judged_student.off,
         "dev_guidance_error": float(np.mean([g.dev_N for g in at_scales])),
         "unguided_guidance_error": float(np.mean([g.unguided_N for g in at_scales])),
         "dev_passes": float(np.mean([g.dev.passes for g in at_scales])),
         "guided_passes": float(np.mean([g.guided.passes for g in at_scales])),
     }
+
+
+def best(drawn: dict[Row, Result], names: Sequence[str], steps: int) -> Row:
+    return max(((n, steps) for n in names if (n, steps) in drawn), key=lambda row: drawn[row].accuracy)
 
 
 def judged_by(summary: dict[str, Any]) -> list[Bar]:
@@ -420,11 +464,6 @@ def judged_by(summary: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def _better(drawn: dict[Row, Result], name: str, steps: int) -> Row:
-    rows = [row for row in few_steps(name) if row[1] == steps]
-    return max(rows, key=lambda row: drawn[row].accuracy)
-
-
 def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) -> dict[float, Guidance]:
     """Mean absolute difference, pictures in [0, 1], to what guidance makes at each of SCALES: of dev, told the scale,
     and of no guidance. The same noise for all.
@@ -435,7 +474,8 @@ def guidance_errors(teacher: Trained, dev: Trained, edits: Sequence[Example]) ->
     for scale in SCALES:
         goal, of_guided = with_cost(teacher, edits, SamplerConfig(steps=8, guidance=scale))
         told, of_dev = with_cost(dev, edits, SamplerConfig(steps=8, embedded_guidance=scale))
-        found[scale] = Guidance(differences(told, goal), differences(unguided, goal), of_dev, of_guided)
+        right = (float(np.mean(edits_judged(images, edits))) for images in (told, goal, unguided))
+        found[scale] = Guidance(differences(told, goal), differences(unguided, goal), of_dev, of_guided, *right)
     return found
 
 
@@ -451,13 +491,13 @@ def differences(images: Sequence[Tensor], others: Sequence[Tensor]) -> np.ndarra
 
 def table(drawn: dict[Row, Result], edited: dict[Row, Result], frequencies: Sequence[float]) -> str:
     """Markdown. With each number its 95 % interval; see `Result` for what they are."""
-    lines = ["| model | steps | right | entropy of places | background off by | edits right |", "|---" * 6 + "|"]
+    lines = ["| model | steps | right | entropy of places | background off | edits right |", "|---" * 6 + "|"]
     for (name, steps), result in drawn.items():
         edits = edited.get((name, steps))
         cells = [
             number(result.accuracy, *result.interval()),
             number(*result.entropy_ratio(frequencies)),
-            f"{result.background:.3f}",
+            f"{result.off:.3f}",
             number(edits.accuracy, *edits.interval()) if edits else "",
         ]
         lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
@@ -471,12 +511,13 @@ def number(value: float, low: float, high: float, digits: int = 3) -> str:
 def table_of_guidance(guidance: dict[float, Guidance]) -> str:
     """Markdown: differences with their 95 % intervals over edits, and the cost of a picture by either sampler."""
     head = ["guidance", "difference of dev to it", "of no guidance to it", "passes of dev", "of guidance"]
-    head += ["seconds of dev", "of guidance"]
+    head += ["seconds of dev", "of guidance", "edits right by dev", "by guidance", "by neither"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for scale, g in guidance.items():
         errors = [number(e.mean(), *mean_interval(e), digits=4) for e in (g.dev_N, g.unguided_N)]
         passes, seconds = f"{g.dev.passes:g} | {g.guided.passes:g}", f"{g.dev.seconds:.4f} | {g.guided.seconds:.4f}"
-        lines.append(f"| {scale:g} | {' | '.join(errors)} | {passes} | {seconds} |")
+        right = f"{g.dev_right:.3f} | {g.guided_right:.3f} | {g.unguided_right:.3f}"
+        lines.append(f"| {scale:g} | {' | '.join(errors)} | {passes} | {seconds} | {right} |")
     return "\n".join(lines) + "\n"
 
 

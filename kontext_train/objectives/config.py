@@ -115,9 +115,13 @@ class LaddConfig(ObjectiveConfig):
         if not 0 <= self.backward_simulation <= 1:
             rule = "must be a share, from 0 to 1"
             raise ConfigError("objective.backward_simulation", self.backward_simulation, rule, "0 is off, 1 is usual")
-        if self.backward_simulation and self.times[0] != 1:
-            rule = f"needs a student that starts from noise, and objective.times={self.times} do not begin with 1"
-            raise ConfigError("objective.backward_simulation", self.backward_simulation, rule, "Use 0, or times from 1")
+        if self.backward_simulation and not (self.times[0] == 1 and 0 < self.probabilities[0] < 1):
+            rule = (
+                f"is of students that start from noise and from less, and objective.times={self.times} with "
+                f"objective.probabilities={self.probabilities} have none of one of them"
+            )
+            hint = "Use 0, or a first time of 1 with a probability between 0 and 1"
+            raise ConfigError("objective.backward_simulation", self.backward_simulation, rule, hint)
         for key in ("warmup_steps", "gradient_penalty"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"objective.{key}", getattr(self, key), "must not be negative", "Use 0")

@@ -39,12 +39,13 @@ FREE = (
 PRECISIONS = ("parallel.*_dtype", "parallel.float8*")  # what is computed, unlike the rest of parallel
 
 
-def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_resumable(path: Path, saved: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> None:
     """ConfigError unless a checkpoint's record fits the run that resumes it, naming every option that changed.
 
     The plan and the tensors must be the same; other options must be free to change, or named in run.allow_changes.
+    defaults: of all options; what there was no option for when the checkpoint was written went by its default.
     """
-    was, wanted = _flat(saved["config"]), _flat(now["config"])
+    was, wanted = _flat(defaults) | _flat(saved["config"]), _flat(now["config"])
     allowed = now["config"]["run"]["allow_changes"]
     for name in allowed:
         if not any(_within(key, [name]) for key in wanted):

@@ -26,6 +26,7 @@ from kontext_train.config import (
     TrainConfig,
     check,
     check_weights,
+    defaults_of,
     plain,
     register_schemas,
     typed,
@@ -222,7 +223,7 @@ def _check_resumable(job: Job) -> None:
     if not any(is_url(source.path) for source in config.data.of_sources().values()):
         sources = open_sources(config.data, config.encoders.pixels_per_token(), config.run.seed)
         now["plan"] = plan_digest(Mixture(sources, config.encoders.t5_tokens), config.data, config.run.seed)
-    check_resumable(newest, saved, now)
+    check_resumable(newest, saved, now, defaults_of(config))
 
 
 # -- what to run ---------------------------------------------------------------------------------------------------

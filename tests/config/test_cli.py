@@ -181,9 +181,16 @@ def test_relations_are_checked(shards: Path, tmp_path: Path, override: str, worl
             r"student_guidance=4\.0: has no effect: model\.",
         ),
         (["stage=ladd", "objective.backward_simulation=1.5"], r"backward_simulation=1\.5: must be a share"),
-        (
-            ["stage=ladd", "objective.backward_simulation=1", "objective.times=[0.9,0.5,0.4,0.3]"],
-            r"backward_simulation=1\.0: needs a student that starts from noise, and objective\.times=\[0\.9",
+        *(
+            (
+                ["stage=ladd", "objective.backward_simulation=1", option],
+                r"backward_simulation=1\.0: is of students that",
+            )
+            for option in (
+                "objective.times=[0.9,0.5,0.4,0.3]",
+                "objective.probabilities=[1,0,0,0]",
+                "objective.probabilities=[0,0.5,0.5,0]",
+            )
         ),
         (["stage=ladd", "objective.gradient_penalty_std=0.5"], r"_penalty_std=0\.5: has no effect: .*_penalty is 0"),
         (

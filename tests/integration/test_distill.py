@@ -27,7 +27,7 @@ LADD = (
     "stage=ladd",
     "objective.discriminator.channels=8",
     "objective.gradient_penalty=0.1",
-    "objective.warmup_steps=2",
+    "objective.warmup_steps=1",
     "objective.backward_simulation=0.7",
     "discriminator_schedule.warmup_steps=0",
 )

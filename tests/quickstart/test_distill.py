@@ -54,9 +54,12 @@ def test_truth_is_right_in_all_four_places_and_a_mean_of_places_is_wrong() -> No
     assert found.accuracy == 1
     assert distill.entropy(sum(found.places.values(), Counter[int]())) == pytest.approx(np.log(4), abs=0.02)
     assert {len(e.target.things) for e in THINGS} == {1}
-    assert found.background == pytest.approx(scenes.BACKGROUND_JITTER / 2 / 255, abs=0.004)  # uniform in each channel
-    shifted = [(picture(e.target).int() + 25).clamp(max=255).to(torch.uint8) for e in THINGS]
-    assert judged(shifted, THINGS).background == pytest.approx(27 / 255, abs=0.01)  # E |u + 25| of that jitter
+    assert found.off == 0
+    assert found.right_N == [True] * 200
+    lighter = [(picture(e.target).int() + 24).clamp(max=255).to(torch.uint8) for e in THINGS]
+    # A channel is uniform over 61 values, of which those above 9 are now beyond 33; white's end at 255, which is not.
+    not_white = sum(e.target.background != "white" for e in THINGS) / len(THINGS)
+    assert judged(lighter, THINGS).off == pytest.approx(not_white * (1 - (40 / 61) ** 3), abs=0.07)
     blurred = []
     for example in THINGS[:50]:
         scene, (thing,) = example.target, example.target.things
@@ -68,7 +71,7 @@ def test_truth_is_right_in_all_four_places_and_a_mean_of_places_is_wrong() -> No
 
 def test_the_interval_is_wilsons() -> None:
     """8 of 10: the textbook's 0.490 to 0.943."""
-    found = Result(8, 10, {"a red circle on gray": Counter({0: 8})}, 0.0625)
+    found = Result(8, 10, {"a red circle on gray": Counter({0: 8})}, off=0.0625)
     assert found.interval() == pytest.approx((0.4902, 0.9433), abs=1e-4)
     row = "| student | 4 | 0.800 (0.490 to 0.943) | 0.000 (0.000 to 0.000) | 0.062 | 0.500 (0.237 to 0.763) |"
     assert row in table({("student", 4): found}, {("student", 4): Result(5, 10)}, QUARTERS)
@@ -121,7 +124,8 @@ def test_the_questions_are_those_of_the_data() -> None:
 
 def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_pass() -> None:
     def of(right: int) -> Result:
-        return Result(right, 100, {"a": Counter(dict.fromkeys(range(4), right // 4))})
+        places = {"a": Counter(dict.fromkeys(range(4), right // 4))}
+        return Result(right, 100, places, off=right / 100, right_N=[i < right for i in range(100)])
 
     drawn = {("teacher", n): of(right) for n, right in zip(TEACHER_STEPS, (80, 60, 56, 40, 8), strict=True)}
     own = zip(TEACHER_STEPS, (92, 56, 48, 44, 4), strict=True)
@@ -129,16 +133,15 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
     drawn |= {("teacher, guided", 28): of(96), ("teacher, guided", 2): of(64), ("teacher, guided", 1): of(4)}
     drawn |= {("student", 4): of(92), ("student", 2): of(88), ("student", 1): of(84)}
     drawn |= {("student, new noise", 4): of(96), ("student, new noise", 2): of(72)}
+    drawn |= {("teacher, new noise", 4): of(12), ("teacher, new noise", 2): of(52)}
     drawn |= {row: of(40 + row[1]) for name in CONTROLS for row in few_steps(name)}
-    for number, row in enumerate(drawn):
-        drawn[row].background = number / 100
     edited = {("teacher", 28): Result(70, 100), ("teacher, own times", 28): Result(90, 100)}
     edited |= {("student", n): Result(80 + n, 100) for n in STUDENT_STEPS}
     edited |= {("student, new noise", n): Result(60 + n, 100) for n in (4, 2)}
-    guided = Guidance(np.array([0.1, 0.3]), np.array([0.5, 0.7]), Cost(8, 0.5), Cost(16, 1.0))
+    guided = Guidance(np.array([0.1, 0.3]), np.array([0.5, 0.7]), Cost(8, 0.5), Cost(16, 1.0), 0.7, 0.8, 0.9)
     summary = summarised(drawn, edited, {2.0: guided}, QUARTERS)
     assert summary == {
-        "teacher": {"28": 0.92, "8": 0.6, "4": 0.56, "2": 0.44, "1": 0.08},
+        "teacher": {"28": 0.92, "8": 0.6, "4": 0.56, "2": 0.52, "1": 0.08},
         "teacher_guided": {"28": 0.96, "2": 0.64, "1": 0.04},
         "student": {"4": 0.96, "2": 0.88, "1": 0.84},
         "student_steps": 2,
@@ -146,8 +149,11 @@ def test_the_summary_takes_the_teachers_better_times_and_the_fewest_steps_that_p
         "edit_accuracy_teacher": 0.9,
         "edit_accuracy_student": 0.82,
         "position_entropy_ratio": pytest.approx(1, abs=0.05),
-        "background_teacher": drawn["teacher, own times", 28].background,  # the later of the two
-        "background_student": drawn["student", 2].background,
+        "gap": [pytest.approx(0.4), pytest.approx(0.3, abs=0.02), pytest.approx(0.5, abs=0.02)],  # 40 questions of 100
+        "student_below_teacher": [pytest.approx(0.04), pytest.approx(0.01), pytest.approx(0.08)],
+        "student_above_control": [pytest.approx(0.44), pytest.approx(0.34, abs=0.02), pytest.approx(0.54, abs=0.02)],
+        "background_off_teacher": 0.92,
+        "background_off_student": 0.88,
         "dev_guidance_error": pytest.approx(0.2),
         "unguided_guidance_error": pytest.approx(0.6),
         "dev_passes": 8,
@@ -230,17 +236,18 @@ def test_evaluation_of_small_models(
     run(small_config(things, tmp_path / "dev", "run.steps=1", "model.guidance_embed=true"))
     weights = {name: parameter.detach() for name, parameter in load_trained(teacher).model.named_parameters()}
     for name in CONTROLS:
-        distill.write_whole(weights, tmp_path / f"{name}.safetensors")
+        distill.write_whole(weights, tmp_path / f"{name}.safetensors", {})
     arguments = Namespace(out=tmp_path, teacher=teacher, student=teacher, dev=tmp_path / "dev", samples=4)
     summary = distill.evaluate(arguments)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["dev_passes"], summary["guided_passes"]) == (8, 16)
     assert [s.steps for s in made if s.guidance == distill.GUIDANCE] == [28, 2, 1]
     assert [s.guidance for s in made if s.guidance not in (1, distill.GUIDANCE)] == [2, 3, 4]
-    assert sum(s.stochastic for s in made) == 2 * 2 * 3  # 4 and 2 steps, pictures and edits, student and controls
+    assert (
+        sum(s.stochastic for s in made) == 2 * 2 * 3 + 2
+    )  # 4 and 2 steps, pictures and edits, student and controls; the teacher
     assert summary["student_steps"] == 1  # as bad as its teacher
     assert summary["edit_accuracy_teacher"] == summary["position_entropy_ratio"] == 0
-    assert summary["background_data"] == pytest.approx(0.06, abs=0.05)
     assert 0 != summary["dev_guidance_error"] != summary["unguided_guidance_error"] != 0
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "table.md").read_text().split("\n")
@@ -248,22 +255,26 @@ def test_evaluation_of_small_models(
     judged_on_edits = {(row[0], row[1]) for row in rows if len(row) == 6 and row[5].startswith("0.000 (")}
     few = {(row[0], str(row[1])) for name in ("student", *CONTROLS) for row in few_steps(name)}
     assert judged_on_edits == few | {("teacher", "28"), ("teacher, own times", "28")}
-    assert [row[3:5] for row in rows if len(row) == 7 and row[0] in "234"] == [["8", "16"]] * 3
+    assert [row[3:5] for row in rows if len(row) == 10 and row[0] in "234"] == [["8", "16"]] * 3
     assert (tmp_path / "pictures.png").stat().st_size > 0
 
 
 def test_a_control_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(weights: object, path: Path) -> None:
+    """And there only for those settings and that teacher."""
+    path, made_of = tmp_path / "regression.safetensors", {"mu": "0.7", "teacher": "a"}
+
+    def killed(weights: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill, "save_file", killed)
-    with pytest.raises(KeyboardInterrupt):
-        distill.write_whole({}, tmp_path / "regression.safetensors")
-    assert not (tmp_path / "regression.safetensors").exists()
-    monkeypatch.undo()
-    distill.write_whole({"a": torch.ones(1)}, tmp_path / "regression.safetensors")
-    assert [file.name for file in tmp_path.iterdir()] == ["regression.safetensors"]
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill.write_whole({}, path, made_of)
+    assert not distill.is_made_of(path, made_of)
+    distill.write_whole({"a": torch.zeros(1)}, path, made_of)
+    assert distill.is_made_of(path, made_of)
+    assert not distill.is_made_of(path, made_of | {"teacher": "b"})
 
 
 def test_the_control_is_given_the_noise_that_its_pictures_were_made_from(
