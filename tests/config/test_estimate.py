@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,29 +102,34 @@ def test_recipes_compose_for_64_gpus() -> None:
         assert config.data.tokens_per_pack % 8704 == 0
 
 
+@cache
+def on_64(*overrides: str) -> str:
+    return estimated(composed(*overrides, "world=64"))
+
+
 @pytest.mark.parametrize(("recipe", "passes"), [("pro", "10.00"), ("dev", "5.00")])
 def test_distillation_fits_on_64_h100s(recipe: str, passes: str) -> None:
     """With the checkpointing of its recipe; the control is without any."""
-    text = estimated(composed(f"experiment={recipe}", "world=64"))
+    text = on_64(f"experiment={recipe}")
     assert row(text, "fits") == ["NO", "yes", "yes"]
     assert row(text, "in forward passes")[:3] == [passes] * 3
     assert len(row(text, "the peak is in")) == 3  # cells that are told apart
 
 
 def test_the_documented_cost_of_pro_is_the_estimate() -> None:
-    text = estimated(composed("experiment=pro", "world=64"))
+    text = on_64("experiment=pro")
     page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
     section = " ".join(page[page.index("## What a step costs") :].partition("\n## ")[0].split())
     said = re.search(
-        r"and (\d+) with `objective.backward_simulation` .*; (\d+\.\d) s of the .* (\d+\.\d) GiB at the peak of 79.1 with"
-        r" selective .* (\d+\.\d) GiB left, (\d+\.\d) s for a step",
+        r"and (\d+) with `objective.backward_simulation` .*; (\d+\.\d) s of the .* (\d+\.\d) GiB at the peak of 79.1 "
+        r"with selective .* (\d+\.\d) GiB left, (\d+\.\d) s for a step",
         section,
     )
     assert said is not None
     passes, peak, left, seconds = (
         float(row(text, name)[1]) for name in ("in forward passes", "total at the peak", "left", "seconds a step")
     )
-    without = estimated(composed("experiment=pro", "world=64", "objective.backward_simulation=0"))
+    without = on_64("experiment=pro", "objective.backward_simulation=0")
     expected = [passes, float(row(without, "seconds a step")[1]), peak, left, seconds]
     assert [float(number) for number in said.groups()] == [round(number, 1) for number in expected]
 
