@@ -210,7 +210,7 @@ def noise_of(trained: Trained, samples: Sequence[RawSample], x_NMC: Tensor) -> T
 class Result:
     """Pictures of one sampler: how many of `count` were right, and in which cells the things of those stand.
 
-    off: the share of all of them whose background is no colour that its name has in the data, though nearest to it.
+    off: the share of all of them whose background is no colour that its name has in the data.
     """
 
     right: int
