@@ -59,7 +59,8 @@ class Ladd:
 
     def discriminator_loss(self, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
         with torch.no_grad():
-            made_MC = self.make("discriminator", batch, random, step)
+            first_MC = self.first_pictures("discriminator", batch, random, step)
+            made_MC = self.make("discriminator", batch, random, step, first_MC)
             t_S = self.renoise_times("discriminator", batch, random)
             # With one noise: it is in both gradients and largely cancels; what is left is made against real.
             made = self.read("discriminator", made_MC, t_S, batch, random)
@@ -88,7 +89,8 @@ class Ladd:
         return Loss(value, {name: metric.detach() for name, metric in metrics.items()})
 
     def student_loss(self, batch: PackedBatch, random: VisitRandom, step: int) -> Loss:
-        made_MC = self.make("student", batch, random, step)
+        first_MC = self.first_pictures("student", batch, random, step)
+        made_MC = self.make("student", batch, random, step, first_MC)
         t_S = self.renoise_times("student", batch, random)
         (logits_HM,) = self.judge([self.read("student", made_MC, t_S, batch, random)], t_S, batch)
         weight_M = batch.token_weight_M()
@@ -100,6 +102,8 @@ class Ladd:
             "diversity_real": diversity(batch.x_MC, start_S, batch),
             "samples_judged": (batch.weight_S > 0).sum(),
         }
+        if first_MC is not None:
+            metrics["diversity_noise"] = between_noises(made_MC.detach(), first_MC, start_S, batch)
         return Loss(value, metrics)
 
     def flops(self, shapes: Sequence[SampleShape], forward: ForwardFlops, student: float) -> float:
@@ -135,24 +139,28 @@ class Ladd:
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
-    def make(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor:
-        """[M, C] pictures that the student makes in one step, at one of its times, of noised ones."""
-        t_S = self.student_times(phase, batch, random, step)
-        x_MC, share = batch.x_MC, self.config.backward_simulation
-        if share and step >= self.config.warmup_steps:
-            own_S = torch.special.ndtr(random.normal_per_visit(f"{phase} own", batch.visits)) < share
-            own_M1 = own_S[batch.layout.sample_of_target_M][:, None]
-            x_MC = torch.where(own_M1, self.simulated(phase, batch, random), x_MC)
-        noise_MC = self._noise(f"{phase} start", batch, random)
-        return self.one_step(interpolate(x_MC, noise_MC, t_S[batch.layout.sample_of_target_M][:, None]), t_S, batch)
-
     @torch.no_grad()
-    def simulated(self, phase: str, batch: PackedBatch, random: VisitRandom) -> Tensor:
+    def first_pictures(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int) -> Tensor | None:
         """[M, C] of the student's own, from noise: what the second of its steps meets when it samples, where real
-        pictures would not show it the first one's mistakes (Yin et al. 2024, arXiv 2405.14867, section 4.4).
+        pictures would not show it the first one's mistakes (Yin et al. 2024, arXiv 2405.14867, section 4.4). None
+        where there is no backward simulation.
         """
+        if not self.config.backward_simulation or step < self.config.warmup_steps:
+            return None
         t_S = torch.ones(len(batch.visits), device=batch.x_MC.device)
         return self.one_step(self._noise(f"{phase} first", batch, random), t_S, batch)
+
+    def make(self, phase: str, batch: PackedBatch, random: VisitRandom, step: int, first_MC: Tensor | None) -> Tensor:
+        """[M, C] pictures that the student makes in one step, at one of its times, of noised ones. first_MC: its own
+        first pictures, which stand in for real ones in some samples.
+        """
+        t_S = self.student_times(phase, batch, random, step)
+        x_MC, own = batch.x_MC, batch.layout.sample_of_target_M
+        if first_MC is not None:
+            uniform_S = torch.special.ndtr(random.normal_per_visit(f"{phase} own", batch.visits))
+            x_MC = torch.where((uniform_S < self.config.backward_simulation)[own][:, None], first_MC, x_MC)
+        noise_MC = self._noise(f"{phase} start", batch, random)
+        return self.one_step(interpolate(x_MC, noise_MC, t_S[own][:, None]), t_S, batch)
 
     def one_step(self, z_MC: Tensor, t_S: Tensor, batch: PackedBatch) -> Tensor:
         told = None if self.student_guidance is None else torch.full_like(t_S, self.student_guidance)
@@ -230,3 +238,14 @@ def diversity(x_MC: Tensor, start_S: Tensor, batch: PackedBatch) -> Tensor:
         apart_S = (x_SLC - x_SLC.roll(1, 0)).abs().mean((1, 2)) * (t_S == t_S.roll(1))
         total = total + (apart_S * batch.weight_S[numbers]).sum()
     return total
+
+
+def between_noises(made_MC: Tensor, first_MC: Tensor, start_S: Tensor, batch: PackedBatch) -> Tensor:
+    """How far two pictures of one prompt are from each other that were made of two noises: a mean over the samples of a
+    pack that started from noise alone. 0 where none did.
+    """
+    lengths = batch.layout.target_lengths
+    apart = [(a - b).abs().mean() for a, b in zip(made_MC.split(lengths), first_MC.split(lengths), strict=True)]
+    weight_S = batch.weight_S * (start_S == 1)
+    share = batch.weight_S.sum() / weight_S.sum().clamp(min=1e-9)
+    return (torch.stack(apart) * weight_S).sum() * share

@@ -154,9 +154,8 @@ def test_a_step_of_the_student_raises_the_logit_of_what_it_makes() -> None:
 def test_a_student_that_embeds_guidance_is_told_its_scale() -> None:
     student = Formula(lambda z, t, vec: z)
     shift = ShiftConfig()
-    Ladd(LaddConfig(), student, teacher(), Verdict(torch.zeros(16)), shift, 4.0).make(
-        "student", packed(3), VisitRandom(0), 0
-    )
+    ladd = Ladd(LaddConfig(), student, teacher(), Verdict(torch.zeros(16)), shift, 4.0)
+    ladd.make("student", packed(3), VisitRandom(0), 0, None)
     assert student.told is not None
     assert student.told.tolist() == [4.0] * 3
 
@@ -190,7 +189,7 @@ def own_starts(config: LaddConfig, step: int, count: int = 400) -> tuple[Tensor,
         return z_MC / 2
 
     ladd = stage(config, Verdict(torch.zeros(16)), Formula(halved))
-    ladd.make("student", batch, random, step)
+    ladd.make("student", batch, random, step, ladd.first_pictures("student", batch, random, step))
     t_M1 = ladd.student_times("student", batch, random, step)[:, None]
 
     def began_from(x_MC: Tensor) -> Tensor:
@@ -219,7 +218,7 @@ def test_no_gradient_goes_through_the_first_step() -> None:
     batch, random, student = packed(6), VisitRandom(0), Formula(lambda z, t, vec: z / 2)
     config = LaddConfig(warmup_steps=0, backward_simulation=1.0, probabilities=[0.01, 0.5, 0.49, 0])
     ladd = stage(config, Verdict(torch.zeros(16)), student)
-    ladd.make("student", batch, random, 0).mean().backward()
+    ladd.make("student", batch, random, 0, ladd.first_pictures("student", batch, random, 0)).mean().backward()
     own, shape = batch.layout.sample_of_target_M, (batch.visits, batch.layout.target_lengths, 8)
     t_M1 = ladd.student_times("student", batch, random, 0)[own][:, None]
     z_MC = (1 - t_M1) * random.normal("student first", *shape) / 2 + t_M1 * random.normal("student start", *shape)
@@ -359,6 +358,25 @@ def test_one_picture_from_noise_is_seen_among_many_from_less_noise() -> None:
     start_S = stage(config, Verdict(torch.zeros(16))).student_times("student", batch, VisitRandom(0), 0)
     made, real = diversities(lambda z: torch.where(start_S[own][:, None] == 1, one, batch.x_MC), batch, config)
     assert made / real < 0.2
+
+
+def test_one_picture_for_each_prompt_is_seen_between_noises() -> None:
+    """Though pictures of different prompts differ as real ones do. The control makes another of each noise."""
+    torch.manual_seed(0)
+    batch, verdict = packed(64, sizes=((2, 2),)), Verdict(torch.zeros(16))
+    config = LaddConfig(warmup_steps=0, backward_simulation=1.0, probabilities=[0.5, 0.3, 0.1, 0.1])
+
+    def found(make: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        student = Formula(lambda z, t, vec: (z - make(z)) / t)  # x = z - t v
+        metrics = stage(config, verdict, student).loss("student", batch, VisitRandom(0), 0).metrics
+        return {name: value.item() for name, value in metrics.items()}
+
+    one = found(lambda z: batch.x_MC)
+    assert one["diversity_noise"] < 1e-5
+    assert one["diversity_made"] == pytest.approx(one["diversity_real"])
+    assert found(lambda z: z)["diversity_noise"] == pytest.approx(2 / math.pi**0.5, abs=0.1)  # E |a - b| of normals
+    without = stage(LaddConfig(), verdict).loss("student", batch, VisitRandom(0), 0).metrics
+    assert "diversity_noise" not in without
 
 
 def test_samples_alone_in_their_size_have_no_diversity() -> None:
