@@ -104,16 +104,20 @@ def fork(function: Callable[..., None], *arguments: object) -> BaseProcess:
         torch._dynamo.utils.counters.clear()
     gc.collect()
     gc.freeze()
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(function, arguments))
     process.start()
     gc.unfreeze()
     return process
 
 
+def _in_child(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)  # makes a pool of threads again: two threads that ask for it at once may find none
+    function(*arguments)
+
+
 def _as_rank(
     rank: int, processes: int, port: int, number: int, function: Callable[..., None], arguments: tuple[object, ...]
 ) -> None:
-    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

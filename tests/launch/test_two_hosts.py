@@ -94,7 +94,7 @@ def test_killed_ranks_and_a_pulled_cable_end_both_with_a_reason_and_the_run_goes
 
     # A rank is killed: both hosts start theirs again. Killed once more than --max-restarts: both end, and say why.
     processes = hosts.start(tmp_path / "first", restarts=1)
-    wait_for_step(run_dir, 6)
+    until(lambda: runs.read(run_dir).checkpoint is not None, PATIENCE_S, "no checkpoint was finished")
     kill(ranks_of(hosts.session)[1])
     wait_for_start("first", 1)
     kill(ranks_of(hosts.session)[1])
